@@ -1,0 +1,303 @@
+"""Estimators of CKA between m entries over a stream of batches.
+
+An estimator takes features one entry at a time (`put`), closes each batch (`close_batch`), and
+answers with `result`. What it keeps between batches is float64 sums of fixed shape (`Minibatch`)
+or the features themselves (`Exact`).
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cka_probe.hsic import Array, check_n, hsic_pairs, jackknife, normalise, rounding_floor
+from cka_probe.kernels import Block, Kernel, centre, full_precision, get_kernel, median_bandwidth
+from cka_probe.tiles import TiledSums, tiled_result
+
+MAX_GROUPS = 32
+EXACT_GROUPS = 20
+BANDWIDTH_IMAGES = 256
+
+
+class Result(NamedTuple):
+    """What an estimator answers, entries in the order of `keys`.
+
+    `cka`, `stderr`: (m, m) float64. `constant`, `vanishing`: (m,) bool, entries whose CKA is nan
+    because the features are constant, or because no similarity is left above rounding.
+    `groups`: jackknife groups behind `stderr`; intervals use Student's t with groups - 1.
+    """
+
+    keys: list[Hashable]
+    cka: Array
+    stderr: Array
+    groups: int
+    constant: np.ndarray[Any, np.dtype[np.bool_]]
+    vanishing: np.ndarray[Any, np.dtype[np.bool_]]
+
+
+class Estimator(Protocol):
+    """What `probe` asks of an estimator."""
+
+    name: str
+
+    def put(self, key: Hashable, x: Tensor) -> None:
+        """Take the features (b, d) of one entry in the open batch."""
+
+    def close_batch(self, index: int) -> None:
+        """End batch `index`; every entry of the first batch must have come again."""
+
+    def result(self) -> Result:
+        """CKA and standard errors of all pairs of entries."""
+
+
+class Minibatch:
+    """HSIC_1 summed over batches, then the ratio (Nguyen et al. 2021, equation 3).
+
+    A batch weighs what it holds: HSIC = sum_b n_b HSIC_1(b) / sum_b n_b. Batches are folded into
+    at most 32 groups by their index, so that merging, resuming and the jackknife are additions.
+    Memory: m b^2 for the open batch and 32 m^2 for the sums, whatever the number of images.
+    With the RBF kernel the squared distances of the first 256 images are held until the bandwidth
+    is known (their within-batch median), so that no forward is spent on it.
+
+    Args:
+        n_batches: batches in the whole run, over all ranks.
+        kernel: a name in KERNELS or a callable on centred features (p, d), (q, d).
+        bandwidth: RBF sigma as a multiple of the median distance.
+        unbiased: HSIC_1. The biased HSIC_0 is refused: averaged over batches it says that
+            independent features are alike (0.94 for Gaussians at d = 512 and batches of 32).
+    """
+
+    name = "minibatch"
+
+    def __init__(
+        self,
+        n_batches: int,
+        *,
+        kernel: str | Kernel | Block = "linear",
+        bandwidth: float = 1.0,
+        unbiased: bool = True,
+    ) -> None:
+        if not unbiased:
+            raise ValueError("biased minibatch CKA: unbiased=False: use estimator='exact'")
+        self.kernel = get_kernel(kernel)
+        self.bandwidth = bandwidth
+        self.n_batches = n_batches
+        self.groups = min(MAX_GROUPS, n_batches)
+        self.keys: list[Any] = []
+        self.sigma: dict[Hashable, float] = {}
+        self._open: dict[Hashable, tuple[Tensor, float]] = {}
+        self.waiting: list[tuple[int, dict[Hashable, tuple[Tensor, float]]]] = []
+        self._images = 0
+        self._closed = 0
+        self.hsic = np.zeros((self.groups, 0, 0))  # (G, m, m) sums of n_b HSIC_1(b)
+        self.floor = np.zeros(
+            (self.groups, 0)
+        )  # (G, m) what rounding alone could add to HSIC(x, x)
+        self.varied = np.zeros((self.groups, 0))  # (G, m) batches in which the entry varied
+        self.weight = np.zeros(self.groups)  # (G,) images
+
+    def put(self, key: Hashable, x: Tensor) -> None:
+        """Take features (b, d) of `key`; only their (b, b) block is kept.
+
+        Raises:
+            ValueError: fewer than 4 images.
+            NonFiniteFeaturesError: NaN or Inf.
+        """
+        check_n(x.shape[0])
+        with full_precision(x.device), torch.no_grad():
+            centred = centre(x)
+            if centred.constant:
+                zeros = torch.zeros(x.shape[0], x.shape[0], dtype=torch.float64)
+                self._open[key] = (zeros.to(x.device if x.device.type != "mps" else "cpu"), 0.0)
+                return
+            eps = torch.finfo(centred.x.dtype).eps
+            if self.kernel.quadratic:
+                block = self.kernel.base(centred.x, centred.x).mul_(centred.scale * centred.scale)
+            else:
+                block = self.kernel.base(centred.x * centred.scale, centred.x * centred.scale)
+            self._open[key] = (block, eps)
+
+    def close_batch(self, index: int) -> None:
+        """Add the open batch to the sums of its group.
+
+        Raises:
+            ValueError: the entries are not those of the first batch.
+        """
+        blocks, self._open = self._open, {}
+        if not self.keys:
+            self.keys = list(blocks)
+            m = len(self.keys)
+            self.hsic = np.zeros((self.groups, m, m))
+            self.floor, self.varied = np.zeros((self.groups, m)), np.zeros((self.groups, m))
+        if set(blocks) != set(self.keys):
+            odd = sorted(map(str, set(blocks) ^ set(self.keys)))
+            raise ValueError(
+                f"entries differ between batches: {odd[0]!r} in batch {index}: "
+                "probe a layer that fires in every forward"
+            )
+        self._closed += 1
+        self._images += len(next(iter(blocks.values()))[0])
+        if not self.kernel.needs_bandwidth or self.sigma:
+            self._add(index, blocks)
+            return
+        self.waiting.append((index, blocks))
+        if self._images >= BANDWIDTH_IMAGES or self._closed == self.n_batches:
+            self._fix_bandwidth()
+
+    def _fix_bandwidth(self) -> None:
+        for key in self.keys:
+            distances = [blocks[key][0] for _, blocks in self.waiting]
+            self.sigma[key] = median_bandwidth(distances, self.bandwidth)
+        waiting, self.waiting = self.waiting, []
+        for index, blocks in waiting:
+            self._add(index, blocks)
+
+    def _add(self, index: int, blocks: dict[Hashable, tuple[Tensor, float]]) -> None:
+        grams = []
+        for key in self.keys:
+            block, eps = blocks[key]
+            sigma = self.sigma.get(key, 1.0)
+            usable = eps > 0 and sigma > 0
+            grams.append(self.kernel.finish(block, sigma) if usable else torch.zeros_like(block))
+        home = grams[0].device
+        stack = torch.stack([g.to(home) for g in grams])  # (m, b, b)
+        n = stack.shape[-1]
+        trace = torch.diagonal(stack, dim1=-2, dim2=-1).sum(-1)
+        eps_all = torch.tensor([blocks[key][1] for key in self.keys], device=home).double()
+        group = index * self.groups // self.n_batches
+        self.hsic[group] += n * hsic_pairs(stack).cpu().numpy()
+        self.floor[group] += n * rounding_floor(trace, eps_all, n).cpu().numpy()
+        self.varied[group] += (trace > 0).cpu().numpy()
+        self.weight[group] += n
+
+    def merge(self, other: "Minibatch") -> None:
+        """Add the sums of another estimator over other batches of the same run.
+
+        Raises:
+            ValueError: other entries or another number of batches.
+        """
+        if self.keys != other.keys or self.n_batches != other.n_batches:
+            raise ValueError("sums of another run: entries or batches differ: merge equal runs")
+        self.hsic = self.hsic + other.hsic
+        self.floor, self.varied = self.floor + other.floor, self.varied + other.varied
+        self.weight = self.weight + other.weight
+
+    def result(self) -> Result:
+        """CKA, standard errors (jackknife over groups of batches) and what is degenerate."""
+        if self.waiting:
+            self._fix_bandwidth()
+        used = self.weight > 0
+        hsic, floor, weight = self.hsic[used], self.floor[used], self.weight[used]
+        total, w = hsic.sum(0), weight.sum()
+        cka = normalise(total / w, floor.sum(0) / w)
+        rest = (w - weight)[:, None]
+        if len(weight) > 1:
+            left = normalise(
+                (total - hsic) / rest[..., None], np.maximum(floor.sum(0) - floor, 0) / rest
+            )
+            stderr = jackknife(cka, left, weight)
+        else:
+            stderr = np.full(cka.shape, np.nan)
+        return finish(self.keys, cka, stderr, int(used.sum()), self.varied.sum(0) == 0)
+
+
+class Exact:
+    """HSIC over the whole set: features are kept, Grams are taken tile by tile at the end.
+
+    On given features the result does not depend on how they were batched: the mean is a float64
+    mean of the full set and the tiles are fixed. Memory: n x (sum of widths) for the features.
+    The RBF bandwidth is the median over all pairs of the first 256 images (`bandwidth_images`).
+
+    Args:
+        n_batches: ignored; there so that estimators are interchangeable.
+        kernel: a name in KERNELS or a callable on centred features (p, d), (q, d).
+        bandwidth: RBF sigma as a multiple of the median distance.
+        unbiased: HSIC_1 (Song et al. 2012), or the biased HSIC_0 (Gretton et al. 2005).
+        bandwidth_images: images whose pairs fix the bandwidth; None for all.
+        groups: of images, for the jackknife; at most a quarter of the images; 1 for no error bars.
+    """
+
+    name = "exact"
+
+    def __init__(
+        self,
+        n_batches: int = 1,
+        *,
+        kernel: str | Kernel | Block = "linear",
+        bandwidth: float = 1.0,
+        unbiased: bool = True,
+        bandwidth_images: int | None = BANDWIDTH_IMAGES,
+        groups: int = EXACT_GROUPS,
+    ) -> None:
+        del n_batches
+        self.groups = groups
+        self.kernel = get_kernel(kernel)
+        self.bandwidth = bandwidth
+        self.unbiased = unbiased
+        self.bandwidth_images = bandwidth_images
+        self.features: dict[Hashable, list[tuple[int, Tensor]]] = {}
+        self._open: dict[Hashable, Tensor] = {}
+
+    def put(self, key: Hashable, x: Tensor) -> None:
+        """Keep a copy of features (b, d) of `key`, in their dtype, where they are."""
+        self._open[key] = x.detach().clone()
+
+    def close_batch(self, index: int) -> None:
+        """File the open batch under its index; batches may come in any order."""
+        batch, self._open = self._open, {}
+        if self.features and set(batch) != set(self.features):
+            odd = sorted(map(str, set(batch) ^ set(self.features)))
+            raise ValueError(
+                f"entries differ between batches: {odd[0]!r} in batch {index}: "
+                "probe a layer that fires in every forward"
+            )
+        for key, x in batch.items():
+            self.features.setdefault(key, []).append((index, x))
+
+    def merge(self, other: "Exact") -> None:
+        """Take the features of another estimator over other batches of the same run."""
+        for key, parts in other.features.items():
+            self.features.setdefault(key, []).extend(parts)
+
+    def result(self) -> Result:
+        """CKA, standard errors (delete-a-group jackknife) and what is degenerate.
+
+        The features are let go as they are used: call it once.
+        """
+        keys = list(self.features)
+        stacks = []
+        for key in keys:
+            parts = sorted(self.features.pop(key), key=lambda part: part[0])
+            stacks.append(torch.cat([x for _, x in parts]) if len(parts) > 1 else parts[0][1])
+        n = stacks[0].shape[0]
+        check_n(n)
+        sums = TiledSums(
+            stacks,
+            self.kernel,
+            groups=min(self.groups, n // 4),
+            bandwidth=self.bandwidth,
+            bandwidth_images=self.bandwidth_images,
+            unbiased=self.unbiased,
+        )
+        cka, stderr, groups = tiled_result(sums)
+        return finish(keys, cka, stderr, groups, sums.constant)
+
+
+def finish(
+    keys: list[Hashable],
+    cka: Array,
+    stderr: Array,
+    groups: int,
+    constant: np.ndarray[Any, np.dtype[np.bool_]],
+) -> Result:
+    """A Result: the diagonal has no error, nan cells have no error bar either."""
+    own = np.diagonal(cka)
+    i = np.arange(len(keys))
+    stderr = np.where(np.isnan(cka), np.nan, stderr)
+    stderr[i, i] = np.where(np.isnan(own), np.nan, 0.0)
+    return Result(keys, cka, stderr, groups, constant, np.isnan(own) & ~constant)
+
+
+ESTIMATORS: dict[str, Callable[..., Any]] = {"minibatch": Minibatch, "exact": Exact}

@@ -1,0 +1,249 @@
+"""CKA of features at hand: no network, no hooks."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cka_probe.estimators import EXACT_GROUPS, Exact, Result
+from cka_probe.hsic import u_centre
+from cka_probe.kernels import (
+    Block,
+    NonFiniteFeaturesError,
+    centre_full,
+    get_kernel,
+    median_bandwidth,
+)
+from cka_probe.report import Report
+
+Features = Tensor | npt.NDArray[Any]
+VIEW = "features"
+
+
+class DegenerateWarning(UserWarning):
+    """An entry has no CKA: its features are constant, or nothing is left above rounding."""
+
+
+def cka(
+    x: Features,
+    y: Features,
+    *,
+    kernel: str | Block = "linear",
+    unbiased: bool = True,
+    bandwidth: float = 1.0,
+) -> float:
+    """CKA between two representations of the same n images.
+
+    Kornblith et al. 2019, equation 3; with `unbiased`, on HSIC_1 of Song et al. 2012, whose
+    expectation is 0 for independent features whatever their width. A negative value means no
+    more similarity than chance. Sums are in float64; nothing is added to a denominator.
+
+    Args:
+        x: (n, p) features, tensor or array, any float dtype, n >= 4.
+        y: (n, q) features of the same images in the same order.
+        kernel: "linear", "rbf", or a callable on centred features (p, d), (q, d).
+        unbiased: HSIC_1, or the biased HSIC_0, which nears 1 for any features with d >> n.
+        bandwidth: RBF sigma as a multiple of the median distance.
+
+    Returns:
+        CKA; nan, with a `DegenerateWarning`, where a side is constant.
+
+    Raises:
+        ValueError: unequal n, n < 4, not 2-D, NaN or Inf, unknown kernel.
+
+    >>> import numpy as np
+    >>> x = np.random.default_rng(0).normal(size=(100, 8))
+    >>> round(cka(x, 3.0 * x[:, ::-1] + 7.0), 6)
+    1.0
+    """
+    result = _exact({"x": x, "y": y}, kernel, unbiased, bandwidth, error_bars=False)
+    return float(result.cka[0, 1])
+
+
+def cka_matrix(
+    features: Mapping[str, Features],
+    *,
+    kernel: str | Block = "linear",
+    unbiased: bool = True,
+    bandwidth: float = 1.0,
+    seed: int = 0,
+) -> Report:
+    """CKA of every pair of named features, with error bars: `report.between()` is the matrix.
+
+    The estimator is `exact`. The images are put in 20 random groups (`seed`) for the delete-a-group
+    jackknife, so features that are sorted by class need no shuffling first.
+
+    Args:
+        features: name -> (n, d) tensor or array, any float dtype; the same n images throughout.
+        kernel: as in `cka`.
+        unbiased: as in `cka`.
+        bandwidth: RBF sigma as a multiple of the median distance over all pairs of images.
+        seed: of the groups behind the error bars; CKA does not depend on it.
+
+    Returns:
+        A Report with one view, "features", and one layer per name.
+
+    Raises:
+        ValueError: unequal n, n < 4, not 2-D, NaN or Inf, unknown kernel, no features.
+    """
+    if not features:
+        raise ValueError("no features: {}: give at least one name and its (n, d) features")
+    result = _exact(features, kernel, unbiased, bandwidth, seed)
+    names = [str(k) for k in result.keys]
+    n = next(iter(features.values())).shape[0]
+    meta = {
+        "estimator": "exact",
+        "kernel": get_kernel(kernel).name,
+        "bandwidth": bandwidth,
+        "unbiased": unbiased,
+        "groups": result.groups,
+        "n_images": int(n),
+        "seed": seed,
+        "reference": VIEW,
+    }
+    return Report(
+        cka=result.cka,
+        stderr=result.stderr,
+        view=np.array([VIEW] * len(names)),
+        layer=np.array(names),
+        meta=meta,
+    )
+
+
+def permutation_test(
+    x: Features,
+    y: Features,
+    n: int = 999,
+    *,
+    kernel: str | Block = "linear",
+    bandwidth: float = 1.0,
+    seed: int = 0,
+    progress: bool = False,
+) -> tuple[float, float]:
+    """Are two representations more alike than if their images were paired at random?
+
+    The permutation test of independence (Gretton et al. 2008): CKA with the images of `y` in `n`
+    random orders. HSIC(x, x) and HSIC(y, y) do not change, so only the numerator is taken anew.
+
+    Args:
+        x: (n_images, p) features.
+        y: (n_images, q) features of the same images.
+        n: permutations; the smallest p-value is 1 / (n + 1).
+        kernel: as in `cka`.
+        bandwidth: as in `cka`.
+        seed: of the permutations; the global random state is not touched.
+        progress: show a progress bar.
+
+    Returns:
+        (unbiased CKA, one-sided p-value); (nan, nan) for degenerate features.
+
+    Raises:
+        ValueError: as `cka`, or n < 1.
+    """
+    if n < 1:
+        raise ValueError(f"too few permutations: {n}: give n >= 1, usually 999")
+    value = cka(x, y, kernel=kernel, bandwidth=bandwidth)
+    if np.isnan(value):
+        return value, float("nan")
+    observed, k, left = _centred_pair(x, y, kernel, bandwidth)
+    generator = torch.Generator().manual_seed(seed)
+    at_least = 0
+    for _ in tqdm(range(n), desc="permutations", disable=not progress, leave=False):
+        order = torch.randperm(len(k), generator=generator)
+        at_least += int((k * left[order][:, order]).sum() >= observed)
+    return value, (1 + at_least) / (n + 1)
+
+
+def _centred_pair(
+    x: Features, y: Features, kernel: str | Block, bandwidth: float
+) -> tuple[float, Tensor, Tensor]:
+    chosen, centred = get_kernel(kernel), []
+    for z in (as_features("x", x), as_features("y", y)):
+        block = chosen.base(*[centre_full(z).x] * 2)
+        sigma = median_bandwidth([block], bandwidth) if chosen.needs_bandwidth else 1.0
+        centred.append(u_centre(chosen.finish(block, sigma)))
+    k, left = centred
+    return float((k * left).sum()) * (1 - 1e-12), k, left
+
+
+def as_features(name: str, x: Features) -> Tensor:
+    """Features as a (n, d) float tensor.
+
+    Raises:
+        ValueError: not 2-D. TypeError: not numbers.
+    """
+    tensor = x.detach() if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"features are not real numbers: {name!r} is {tensor.dtype}: give floats")
+    if tensor.ndim != 2:
+        raise ValueError(
+            f"features are not (n, d): {name!r} has shape {tuple(tensor.shape)}: "
+            "flatten or average all axes but the first"
+        )
+    return tensor if tensor.is_floating_point() else tensor.double()
+
+
+def _exact(
+    features: Mapping[str, Features],
+    kernel: str | Block,
+    unbiased: bool,
+    bandwidth: float,
+    seed: int = 0,
+    *,
+    error_bars: bool = True,
+) -> Result:
+    estimator = Exact(
+        kernel=kernel,
+        bandwidth=bandwidth,
+        unbiased=unbiased,
+        bandwidth_images=None,
+        groups=EXACT_GROUPS if error_bars else 1,
+    )
+    names = list(features)
+    n, order = -1, torch.empty(0, dtype=torch.long)
+    for name in names:
+        x = as_features(name, features[name])
+        if n < 0:
+            n = x.shape[0]
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+        if x.shape[0] != n:
+            raise ValueError(
+                f"unequal numbers of images: {names[0]!r} has {n}, {name!r} has {x.shape[0]}: "
+                "give features of the same images"
+            )
+        estimator.put(name, x[order.to(x.device)])
+    estimator.close_batch(0)
+    try:
+        result = estimator.result()
+    except NonFiniteFeaturesError as error:
+        raise ValueError(
+            f"non-finite features: {names[error.index]!r} holds {error}: "
+            "leave those images out or mend the network"
+        ) from None
+    warn_degenerate(result, [repr(name) for name in names], error_bars=error_bars)
+    return result
+
+
+def warn_degenerate(result: Result, names: list[str], *, error_bars: bool = True) -> None:
+    """One DegenerateWarning for each kind of entry without a CKA, and one for absent error bars."""
+    kinds = (
+        (result.constant, "constant features"),
+        (result.vanishing, "no similarity above rounding, even to itself"),
+    )
+    for which, what in kinds:
+        hit = [name for name, bad in zip(names, which, strict=True) if bad]
+        if hit:
+            shown = ", ".join(hit[:5]) + (f" and {len(hit) - 5} more" if len(hit) > 5 else "")
+            warnings.warn(f"{what}: {shown}: their CKA is nan", DegenerateWarning, stacklevel=4)
+    if error_bars and result.groups < 2:
+        warnings.warn(
+            f"no error bars: {result.groups} group of images: use 8 images or more for 'exact', "
+            "two batches or more for 'minibatch'",
+            DegenerateWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,232 @@
+"""From features to Gram matrices: centring, linear and RBF kernels, the bandwidth rule.
+
+Columns are centred before the Gram matrix, which changes no CKA and keeps float32 honest: with a
+feature mean of 1e4 an uncentred float32 Gram holds nothing but the mean. Grams are taken in float32
+(float64 for float64 features and for small sets), everything after them in float64.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SMALL_N = 32  # below this the Gram is taken in float64: it costs nothing and conditioning is worst
+_CHUNK_ROWS = 1024  # fixed, so that a float64 mean does not depend on how features were batched
+_SAFE_TRACE = (1e-18, 1e30)  # squared norms that float32 products hold without loss
+
+Block = Callable[[Tensor, Tensor], Tensor]
+
+
+class Kernel(NamedTuple):
+    """A kernel, split so that one pass serves a bandwidth that is only known later.
+
+    `base(a, b)` maps centred features (p, d), (q, d) to a (p, q) block in float64;
+    `finish(block, sigma)` makes the Gram block of it. `needs_bandwidth` says whether sigma counts;
+    `quadratic` that scaling the features by c scales `base` by c^2.
+    """
+
+    name: str
+    base: Block
+    finish: Callable[[Tensor, float], Tensor]
+    needs_bandwidth: bool = False
+    quadratic: bool = True
+
+
+class Centred(NamedTuple):
+    """Features (n, d) with column means removed and scaled by a power of two.
+
+    `constant`: the layer gives the same output for every image, up to rounding:
+    ||x - mean|| <= 8 eps ||x||. `scale`: what `x` was divided by; 1.0 on the fast path.
+    """
+
+    x: Tensor
+    scale: float
+    constant: bool
+
+
+class NonFiniteFeaturesError(ValueError):
+    """Features that hold NaN or Inf. `index`: which of several entries, where there are several."""
+
+    index: int = 0
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Autocast and TF32 off: mixed precision is for the model, never for a Gram matrix."""
+    if device.type != "cuda":
+        with torch.autocast(device.type, enabled=False):
+            yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def work_dtype(x: Tensor, n: int) -> torch.dtype:
+    """The dtype in which the Gram of `n` rows of `x` is taken."""
+    if x.dtype == torch.float64 or (n < SMALL_N and x.device.type != "mps"):
+        return torch.float64
+    return torch.float32
+
+
+def centre(x: Tensor) -> Centred:
+    """Centre the columns of one batch of features.
+
+    The fast path is one float32 mean and one subtraction (an error of the mean is a constant
+    offset, which U-centring removes); constant, tiny, huge and non-finite features take a second,
+    slower look.
+
+    Args:
+        x: (n, d) features of any float dtype, on any device.
+
+    Returns:
+        The centred features, in the dtype that their Gram is taken in.
+
+    Raises:
+        NonFiniteFeaturesError: a value is NaN or Inf.
+    """
+    x = x.to(work_dtype(x, x.shape[0]))
+    mean = x.mean(0)
+    out = x - mean
+    squares = float(torch.linalg.vector_norm(out).double().square())
+    eps = torch.finfo(x.dtype).eps
+    raw = squares + x.shape[0] * float(torch.linalg.vector_norm(mean.double()).square())
+    low, high = _SAFE_TRACE
+    # 16 eps: twice the limit of `centre_full`, so that the float64 mean decides the close calls
+    if low < squares < high and squares > (16 * eps) ** 2 * raw:
+        return Centred(out, 1.0, False)
+    return centre_full(x)
+
+
+def centre_full(x: Tensor) -> Centred:
+    """Centre the columns with a float64 mean over fixed chunks of rows, whatever the magnitude.
+
+    Args:
+        x: (n, d) features of any float dtype.
+
+    Returns:
+        Centred features scaled to a largest magnitude in [1, 2) by a power of two (exact);
+        zeros where the features are constant.
+
+    Raises:
+        NonFiniteFeaturesError: a value is NaN or Inf.
+    """
+    n = x.shape[0]
+    dtype = work_dtype(x, n)
+    eps = torch.finfo(dtype).eps
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    total = torch.zeros(x.shape[1], dtype=wide, device=x.device)
+    for rows in torch.split(x, _CHUNK_ROWS):
+        total += rows.to(wide).sum(0)
+    mean = total / n
+    if not bool(torch.isfinite(mean).all()):
+        raise NonFiniteFeaturesError(_describe(x))
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    for target, rows in zip(
+        torch.split(out, _CHUNK_ROWS), torch.split(x, _CHUNK_ROWS), strict=True
+    ):
+        target.copy_(rows.to(wide) - mean)
+    largest = float(out.abs().max()) if out.numel() else 0.0
+    if not np.isfinite(largest):
+        raise NonFiniteFeaturesError(_describe(x))
+    if largest == 0.0:
+        return Centred(out, 1.0, True)
+    scale = float(2.0 ** np.floor(np.log2(largest)))
+    out /= scale
+    centred = float(torch.linalg.vector_norm(out).double())
+    offset = float(torch.linalg.vector_norm((mean / scale).double())) * n**0.5
+    if centred <= 8 * eps * (centred**2 + offset**2) ** 0.5:
+        return Centred(out.zero_(), 1.0, True)
+    return Centred(out, scale, False)
+
+
+def _describe(x: Tensor) -> str:
+    bad = int((~torch.isfinite(x)).sum())
+    if bad == 0:
+        return "values too large for float64 sums"
+    kind = "NaN" if bool(torch.isnan(x).any()) else "Inf"
+    return f"{kind} in {bad} of {x.numel()} values"
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    g = a @ b.T  # (p, q)
+    return g.cpu().double() if g.device.type == "mps" else g.double()
+
+
+def _linear_finish(block: Tensor, sigma: float) -> Tensor:
+    del sigma
+    return block
+
+
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Squared Euclidean distances (p, q), in float64 from the product on."""
+    g = _product(a, b)
+    qa = a.double().square().sum(1) if a.device.type != "mps" else a.cpu().double().square().sum(1)
+    qb = b.double().square().sum(1) if b.device.type != "mps" else b.cpu().double().square().sum(1)
+    return g.mul_(-2).add_(qa[:, None]).add_(qb[None, :]).clamp_(min=0)
+
+
+def _rbf_finish(block: Tensor, sigma: float) -> Tensor:
+    return torch.exp(block * (-0.5 / sigma**2))
+
+
+KERNELS: dict[str, Kernel] = {
+    "linear": Kernel("linear", _product, _linear_finish),
+    "rbf": Kernel("rbf", _squared_distances, _rbf_finish, needs_bandwidth=True),
+}
+
+
+def get_kernel(kernel: str | Kernel | Block) -> Kernel:
+    """The kernel of a name, or a user's callable as one.
+
+    Args:
+        kernel: a name in `KERNELS`, a `Kernel`, or a callable that maps centred features
+            (p, d) and (q, d) to a (p, q) block of a symmetric kernel.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if isinstance(kernel, Kernel):
+        return kernel
+    if isinstance(kernel, str):
+        if kernel not in KERNELS:
+            known = ", ".join(sorted(KERNELS))
+            raise ValueError(f"unknown kernel: {kernel!r}: known kernels are {known}")
+        return KERNELS[kernel]
+    name = getattr(kernel, "__name__", type(kernel).__name__)
+    return Kernel(name, lambda a, b: kernel(a, b).double(), _linear_finish, quadratic=False)
+
+
+def register_kernel(kernel: Kernel) -> None:
+    """Add a kernel under its name.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if kernel.name in KERNELS:
+        raise ValueError(f"kernel name is taken: {kernel.name!r}: choose another name")
+    KERNELS[kernel.name] = kernel
+
+
+def median_bandwidth(squared_distances: list[Tensor], fraction: float) -> float:
+    """Sigma = fraction x sqrt(median over i < j of d^2) (Kornblith et al. 2019, section 4).
+
+    Args:
+        squared_distances: square matrices (n, n); only pairs within one matrix count.
+        fraction: multiple of the median distance.
+
+    Returns:
+        Sigma, in the units of the features; 0.0 where more than half of the pairs coincide.
+    """
+    upper = []
+    for d2 in squared_distances:
+        i, j = torch.triu_indices(d2.shape[0], d2.shape[0], offset=1, device=d2.device)
+        upper.append(d2[i, j].cpu().numpy())
+    return float(fraction * np.sqrt(np.median(np.concatenate(upper))))

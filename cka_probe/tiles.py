@@ -1,0 +1,172 @@
+"""Exact HSIC of all pairs of entries in bounded memory: Song's three sums, tile by tile.
+
+The (n, n) Grams are never held: a tile of rows of every entry is taken, multiplied, and added to
+float64 sums kept per group of images. The HSICs with a group left out follow from the same sums,
+so error bars cost no second pass.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cka_probe.hsic import Array, hsic_from_sums, jackknife, normalise, rounding_floor
+from cka_probe.kernels import (
+    Kernel,
+    NonFiniteFeaturesError,
+    centre_full,
+    full_precision,
+    median_bandwidth,
+)
+
+_TILE_BYTES = 128 * 2**20
+
+
+class TiledSums:
+    """Sums over tiles of m Gram matrices (n, n).
+
+    Args:
+        features: m tensors (n, d); emptied as they are centred, to halve the peak.
+        kernel: how blocks are made.
+        groups: G, contiguous groups of images for the jackknife.
+        bandwidth: RBF sigma as a multiple of the median distance.
+        bandwidth_images: images whose pairs fix the bandwidth; None for all.
+        unbiased: whether the diagonal is left out.
+
+    Attributes:
+        a: (G, m, m) sum over i in g, all j, of K_ij L_ij.
+        a_own: (G, m, m) the same over i and j both in g.
+        rows: (m, n, G) sum over j in g of K_ij.
+        trace: (m,) traces. eps: (m,) epsilon of the Gram's dtype. constant: (m,) bool.
+    """
+
+    def __init__(
+        self,
+        features: list[Tensor],
+        kernel: Kernel,
+        *,
+        groups: int,
+        bandwidth: float = 1.0,
+        bandwidth_images: int | None = None,
+        unbiased: bool = True,
+    ) -> None:
+        self.n, self.m, self.groups = features[0].shape[0], len(features), max(groups, 1)
+        self.unbiased = unbiased
+        self.kernel = kernel
+        self.home = features[0].device if features[0].device.type == "cuda" else torch.device("cpu")
+        bounds = np.linspace(0, self.n, self.groups + 1).round().astype(int)
+        self.bounds = [(int(a), int(b)) for a, b in pairwise(bounds)]
+        self.x: list[Tensor] = []
+        constant = []
+        for i in range(self.m):
+            try:
+                centred = centre_full(features[i])
+            except NonFiniteFeaturesError as error:
+                error.index = i
+                raise
+            features[i] = torch.empty(0)
+            # CKA does not depend on the scale, except through a user's own kernel
+            self.x.append(centred.x if kernel.quadratic else centred.x * centred.scale)
+            constant.append(centred.constant)
+        self.constant = np.array(constant)
+        self.sigma, self.shift = self._bandwidths(bandwidth, bandwidth_images)
+        self.eps = torch.tensor([torch.finfo(x.dtype).eps for x in self.x], dtype=torch.float64)
+        self.a = self._zeros(self.groups, self.m, self.m)
+        self.a_own = self._zeros(self.groups, self.m, self.m)
+        self.rows = self._zeros(self.m, self.n, self.groups)
+        self.trace = torch.zeros(self.m, dtype=torch.float64)
+        with torch.no_grad(), full_precision(self.home):
+            self._run()
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=self.home)
+
+    def _bandwidths(self, fraction: float, images: int | None) -> tuple[list[float], list[float]]:
+        if not self.kernel.needs_bandwidth:
+            return [1.0] * self.m, [0.0] * self.m
+        sigma = []
+        for x, constant in zip(self.x, self.constant, strict=True):
+            first = x[: images or self.n]
+            with torch.no_grad(), full_precision(first.device):
+                d2 = [] if constant else [self.kernel.base(first, first)]
+            sigma.append(median_bandwidth(d2, fraction) if d2 else 0.0)
+        # the kernel at the median distance: taking it off all entries changes no HSIC, keeps digits
+        return sigma, [float(np.exp(-0.5 / fraction**2))] * self.m
+
+    def _block(self, i: int, rows: slice, columns: slice) -> Tensor:
+        """Gram block of entry i (float64), shifted; zero where the entry is degenerate."""
+        x = self.x[i]
+        if self.constant[i] or self.sigma[i] == 0.0:
+            shape = (rows.stop - rows.start, columns.stop - columns.start)
+            return torch.zeros(shape, dtype=torch.float64, device=self.home)
+        base = self.kernel.base(x[rows], x[columns])
+        block = self.kernel.finish(base, self.sigma[i])
+        count = max(0, min(rows.stop, columns.stop) - max(rows.start, columns.start))
+        if count:
+            offset = rows.start - columns.start
+            diagonal = torch.diagonal(block, offset=offset)
+            self.trace[i] += float(diagonal.sum())
+        if self.shift[i]:
+            block -= self.shift[i]
+        if count and self.unbiased:
+            diagonal.zero_()
+        return block.to(self.home)
+
+    def _run(self) -> None:
+        for g, (start, stop) in enumerate(self.bounds):
+            width = self.n - start
+            step = max(1, min(stop - start, _TILE_BYTES // (8 * self.m * width)))
+            for top in range(start, stop, step):
+                rows = slice(top, min(top + step, stop))
+                self._add(g, rows, slice(start, self.n))
+
+    def _add(self, g: int, rows: slice, columns: slice) -> None:
+        k = torch.empty(
+            self.m,
+            rows.stop - rows.start,
+            columns.stop - columns.start,
+            dtype=torch.float64,
+            device=self.home,
+        )
+        for i in range(self.m):
+            k[i] = self._block(i, rows, columns)
+        for h in range(g, self.groups):
+            start, stop = self.bounds[h]
+            tile = k[:, :, start - columns.start : stop - columns.start]  # (m, r, c)
+            v = tile.flatten(1)  # (m, r*c)
+            product = v @ v.T
+            self.a[g] += product
+            self.rows[:, rows, h] += tile.sum(2)
+            if h == g:
+                self.a_own[g] += product
+            else:  # the mirror tile below the diagonal
+                self.a[h] += product
+                self.rows[:, start:stop, g] += tile.sum(1)
+
+    def hsic(self, leave_out: int | None = None) -> tuple[Array, Array]:
+        """HSIC of all pairs (m, m) and the rounding floor (m,), with a group left out or none."""
+        a = self.a.sum(0)
+        rows, n = self.rows.sum(2), self.n
+        if leave_out is not None:
+            start, stop = self.bounds[leave_out]
+            a = a - 2 * self.a[leave_out] + self.a_own[leave_out]
+            rows = rows - self.rows[:, :, leave_out]
+            rows = torch.cat([rows[:, :start], rows[:, stop:]], 1)
+            n = n - (stop - start)
+        h = hsic_from_sums(a, rows, n, unbiased=self.unbiased).cpu().numpy()
+        floor = rounding_floor(self.trace, self.eps, self.n, unbiased=self.unbiased).numpy()
+        return h, floor
+
+
+def tiled_result(sums: TiledSums) -> tuple[Array, Array, int]:
+    """CKA (m, m), its standard errors (m, m) and the number of groups.
+
+    Fewer than two groups (n < 8) have no error bar: nan.
+    """
+    cka = normalise(*sums.hsic())
+    if sums.groups < 2:
+        return cka, np.full(cka.shape, np.nan), sums.groups
+    left = np.stack([normalise(*sums.hsic(g)) for g in range(sums.groups)])
+    sizes = np.array([stop - start for start, stop in sums.bounds], dtype=np.float64)
+    return cka, jackknife(cka, left, sizes), sums.groups
