@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from cka_probe.hsic import Array, check_n, hsic_pairs, jackknife, normalise, rounding_floor
-from cka_probe.kernels import Block, Kernel, centre, full_precision, get_kernel, median_bandwidth
+from cka_probe.kernels import (
+    Block,
+    Kernel,
+    centre,
+    check_finite,
+    full_precision,
+    get_kernel,
+    median_bandwidth,
+)
 from cka_probe.tiles import TiledSums, tiled_result
 
 MAX_GROUPS = 32
@@ -241,7 +249,12 @@ class Exact:
         self._open: dict[Hashable, Tensor] = {}
 
     def put(self, key: Hashable, x: Tensor) -> None:
-        """Keep a copy of features (b, d) of `key`, in their dtype, where they are."""
+        """Keep a copy of features (b, d) of `key`, in their dtype, where they are.
+
+        Raises:
+            NonFiniteFeaturesError: NaN or Inf.
+        """
+        check_finite(x)
         self._open[key] = x.detach().clone()
 
     def close_batch(self, index: int) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from cka_probe.estimators import EXACT_GROUPS, Exact, Result
 from cka_probe.hsic import u_centre
@@ -19,6 +18,7 @@ from cka_probe.kernels import (
     get_kernel,
     median_bandwidth,
 )
+from cka_probe.progress import progress_bar
 from cka_probe.report import Report
 
 Features = Tensor | npt.NDArray[Any]
@@ -153,9 +153,11 @@ def permutation_test(
     observed, k, left = _centred_pair(x, y, kernel, bandwidth)
     generator = torch.Generator().manual_seed(seed)
     at_least = 0
-    for _ in tqdm(range(n), desc="permutations", disable=not progress, leave=False):
-        order = torch.randperm(len(k), generator=generator)
-        at_least += int((k * left[order][:, order]).sum() >= observed)
+    with progress_bar(n, desc="permutations", unit="permutation", show=progress) as bar:
+        for _ in range(n):
+            order = torch.randperm(len(k), generator=generator)
+            at_least += int((k * left[order][:, order]).sum() >= observed)
+            bar.update()
     return value, (1 + at_least) / (n + 1)
 
 
@@ -216,15 +218,15 @@ def _exact(
                 f"unequal numbers of images: {names[0]!r} has {n}, {name!r} has {x.shape[0]}: "
                 "give features of the same images"
             )
-        estimator.put(name, x[order.to(x.device)])
+        try:
+            estimator.put(name, x[order.to(x.device)])
+        except NonFiniteFeaturesError as error:
+            raise ValueError(
+                f"non-finite features: {name!r} holds {error}: "
+                "leave those images out or mend the network"
+            ) from None
     estimator.close_batch(0)
-    try:
-        result = estimator.result()
-    except NonFiniteFeaturesError as error:
-        raise ValueError(
-            f"non-finite features: {names[error.index]!r} holds {error}: "
-            "leave those images out or mend the network"
-        ) from None
+    result = estimator.result()
     warn_degenerate(result, [repr(name) for name in names], error_bars=error_bars)
     return result
 

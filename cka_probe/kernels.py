@@ -48,9 +48,7 @@ class Centred(NamedTuple):
 
 
 class NonFiniteFeaturesError(ValueError):
-    """Features that hold NaN or Inf. `index`: which of several entries, where there are several."""
-
-    index: int = 0
+    """Features that hold NaN or Inf."""
 
 
 @contextmanager
@@ -145,6 +143,12 @@ def centre_full(x: Tensor) -> Centred:
     if centred <= 8 * eps * (centred**2 + offset**2) ** 0.5:
         return Centred(out.zero_(), 1.0, True)
     return Centred(out, scale, False)
+
+
+def check_finite(x: Tensor) -> None:
+    """Raise NonFiniteFeaturesError where a value is NaN or Inf; one pass where none is."""
+    if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
+        raise NonFiniteFeaturesError(_describe(x))
 
 
 def _describe(x: Tensor) -> str:

@@ -14,7 +14,6 @@ from torch import Tensor
 from cka_probe.hsic import Array, hsic_from_sums, jackknife, normalise, rounding_floor
 from cka_probe.kernels import (
     Kernel,
-    NonFiniteFeaturesError,
     centre_full,
     full_precision,
     median_bandwidth,
@@ -60,11 +59,7 @@ class TiledSums:
         self.x: list[Tensor] = []
         constant = []
         for i in range(self.m):
-            try:
-                centred = centre_full(features[i])
-            except NonFiniteFeaturesError as error:
-                error.index = i
-                raise
+            centred = centre_full(features[i])
             features[i] = torch.empty(0)
             # CKA does not depend on the scale, except through a user's own kernel
             self.x.append(centred.x if kernel.quadratic else centred.x * centred.scale)

@@ -1,4 +1,4 @@
-"""Slow, obvious float64 numpy: what the engine is compared with. Shares no code with the package."""
+"""Slow, obvious float64 numpy that shares no code with the package: what the engine must equal."""
 
 import math
 

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import oracle
 import pytest
@@ -83,7 +85,7 @@ def test_exact_error_bar_is_the_jackknife_over_images(unbiased, kernel):
     sigmas = [np.sqrt(np.median(squared(f.numpy())[np.triu_indices(n, 1)])) for f in x]
     result = fill(Exact(unbiased=unbiased, kernel=kernel), x, [0, n]).result()
     bounds = np.linspace(0, n, 11 + 1).round().astype(int)
-    groups = [np.arange(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    groups = [np.arange(a, b) for a, b in pairwise(bounds)]
     assert result.groups == 11
 
     def estimate(parts):

@@ -1,0 +1,109 @@
+"""Where the commands write: the folder of --out, its files, and what is said about them."""
+
+import argparse
+import errno
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import matplotlib as mpl
+
+from cka_probe import plot as plots
+from cka_probe.page import save_page
+from cka_probe.probe import REPORT
+from cka_probe.report import Report
+from cka_probe.state import STATE
+
+OUTPUTS = (REPORT, "cka.csv", "heatmap.png", "curve.png", "grid.png", "report.html")
+
+
+def explain(error: Exception) -> str:
+    """An exception as what is wrong: the value: the way out."""
+    if isinstance(error, OSError) and error.errno is not None:
+        where = error.filename2 or error.filename or "output"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "free some space" if full else "check the path and its permissions"
+        return f"{error.strerror}: {where}: {way_out}, or choose another --out"
+    return str(error)
+
+
+@contextmanager
+def output_folder(args: argparse.Namespace) -> Iterator[Path]:
+    """The folder of --out, checked before any work; after a failure as it was before.
+
+    What an interrupted run saved (state.npz) stays.
+
+    Raises:
+        ValueError: a report is there already, and neither --overwrite nor --resume was given.
+        OSError: the folder cannot be made or written.
+    """
+    folder = Path(args.out)
+    new = not folder.exists()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output is not a folder: {folder}: choose another --out")
+    present = [name for name in OUTPUTS if (folder / name).exists()]
+    if (REPORT in present) and not (args.overwrite or args.resume):
+        raise ValueError(f"a report is there already: {folder / REPORT}: add --overwrite, or "
+                         "choose another --out")  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    probe_dir = mkdtemp(dir=folder, prefix=".writable-")
+    Path(probe_dir).rmdir()
+    if args.overwrite and not args.resume:
+        (folder / STATE).unlink(missing_ok=True)
+    try:
+        yield folder
+    except BaseException:
+        for name in set(OUTPUTS) - set(present):
+            (folder / name).unlink(missing_ok=True)
+        if new and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+
+
+def write(report: Report, folder: Path, pictures: tuple[str, ...]) -> None:
+    """All files of a run, whole or none: made in a folder beside, then moved."""
+    temporary = Path(mkdtemp(dir=folder, prefix=".writing-"))
+    try:
+        with backend():
+            for kind in pictures:
+                draw: Callable[..., Any] = getattr(plots, kind)
+                plots.save_figure(draw(report), temporary / f"{kind}.png")
+        report.to_frame().to_csv(temporary / "cka.csv", index=False)
+        save_page(report, temporary / "report.html")
+        report.save(temporary / REPORT)
+        for path in temporary.iterdir():
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def backend() -> Iterator[None]:
+    """Pictures go to files: no display is needed."""
+    with mpl.rc_context({"backend": "Agg"}):
+        yield
+
+
+def table(report: Report) -> None:
+    """Print CKA with the reference, layers x views."""
+    print()
+    print(f"CKA with view {report.reference}, same layer:")
+    print(report.against().round(3).to_string())
+    print()
+
+
+def left_out(report: Report) -> None:
+    """Name the images that could not be read."""
+    names = report.meta.get("left_out", [])
+    if names:
+        print(f"cka-probe: left out, unreadable: {', '.join(names)}", file=sys.stderr)
+
+
+def wrote(folder: Path, pictures: tuple[str, ...]) -> None:
+    """Say what lies where."""
+    shown = ", ".join(f"{kind}.png" for kind in pictures)
+    print(f"wrote {folder}/: report.npz, cka.csv, {shown}, report.html")

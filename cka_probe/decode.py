@@ -1,0 +1,307 @@
+"""One file, PIL image or dataset item -> one float tensor: the protocol before any resize."""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+__all__ = ["ImageError", "decode", "float_images", "from_item", "from_pil", "image_files"]
+__all__ += ["one_line", "read_item"]
+
+_EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+)
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+_SKIP = "use skip_bad=True (--skip-bad) to go on without such files"
+_INTEGER = "convert them, x.float() / 255, and give mean= and std= if the network wants them"
+_WANTED = (
+    "return a PIL image, a uint8 (h, w, 3) array or a float (c, h, w) tensor, first in a tuple"
+)
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """One image that cannot be read; `skip_bad` leaves it out, anything else is fatal."""
+
+
+def one_line(error: BaseException) -> str:
+    """The reason of an exception as one line without ": " and without absolute paths.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        "no such file or directory", "image file is truncated", "KeyError ('x')".
+    """
+    if isinstance(error, UnidentifiedImageError):
+        return "no JPEG, PNG, WebP, BMP, TIFF or GIF image"
+    if isinstance(reason := getattr(error, "reason", None), OSError):  # URLError
+        return one_line(reason)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[:1].lower() + error.strerror[1:]
+    text = " ".join(str(error).split()).replace(": ", ", ").rstrip(".")
+    if isinstance(error, OSError | ValueError | Image.DecompressionBombError):
+        return text or type(error).__name__
+    return f"{type(error).__name__} ({text})" if text else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet_pil() -> Iterator[None]:
+    """PIL warns of huge images, odd EXIF and palettes; under `-W error` that would stop a run."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+def _unreadable(label: str, error: BaseException) -> ImageError:
+    """The error that names the image, the reason and the way out.
+
+    Args:
+        label: How messages name the image: a relative path or an index.
+        error: What reading it raised.
+
+    Returns:
+        The error to raise.
+    """
+    return ImageError(f"cannot read image: {label!r}: {one_line(error)}; {_SKIP}")
+
+
+@contextlib.contextmanager
+def _reading(label: str) -> Iterator[None]:
+    """Turn what PIL raises for a file it cannot decode into an `ImageError` naming `label`."""
+    try:
+        with _quiet_pil():
+            yield
+    except MemoryError:
+        raise
+    except Exception as error:  # OSError, SyntaxError, zlib.error, struct.error, KeyError, ...
+        raise _unreadable(label, error) from error
+
+
+def image_files(root: Path) -> list[str]:
+    """Relative POSIX paths of the image files under a folder, sorted; hidden names are ignored.
+
+    Links are followed, but never in a circle. A link that leads nowhere counts as a file: that it
+    cannot be read is news.
+
+    Args:
+        root: The folder, flat or nested.
+
+    Returns:
+        ["cat/1.jpg", "dog/2.PNG"].
+
+    Raises:
+        ValueError: It is missing, a file, not to be listed, or without images.
+    """
+    if not root.is_dir():
+        what = "not a folder" if root.exists() else "no such folder"
+        raise ValueError(f"{what}: {str(root)!r}: give the folder that holds the images")
+    try:
+        found = sorted(_walk(root, "", ()))
+    except OSError as error:
+        reason = f"{one_line(error)}; check its permissions"
+        raise ValueError(f"cannot list folder: {str(root)!r}: {reason}") from error
+    if not found:
+        endings = " ".join(sorted(_EXTENSIONS))
+        raise ValueError(f"no images in folder: {str(root)!r}: give one with {endings} files")
+    return found
+
+
+def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """Image files in the order of the disk; `above` is (device, inode) of the folders above."""
+    status = folder.stat()
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _walk(folder / entry.name, f"{prefix}{entry.name}/", (*above, here))
+            elif Path(entry.name).suffix.lower() in _EXTENSIONS:
+                yield prefix + entry.name
+
+
+def decode(path: Path, label: str) -> Tensor:
+    """Decode one file: EXIF rotation, RGB, float32; the first frame of an animation.
+
+    16-bit RGB is read at 8 bits, which is all that Pillow offers; colour profiles are not applied.
+
+    Args:
+        path: The file; its content, not its extension, says what format it is.
+        label: How messages name it.
+
+    Returns:
+        (3, h, w) float32 in 0..1.
+
+    Raises:
+        ImageError: The file is missing, truncated, no image, or larger than Pillow's safety limit
+            (`2 * PIL.Image.MAX_IMAGE_PIXELS`).
+    """
+    with _reading(label), Image.open(path, formats=_FORMATS) as image:
+        return _pixels(image)
+
+
+def from_pil(image: Image.Image, label: str) -> Tensor:
+    """Turn a PIL image into what `decode` makes of the same file.
+
+    Args:
+        image: Of any mode.
+        label: How messages name it.
+
+    Returns:
+        (3, h, w) float32 in 0..1.
+
+    Raises:
+        ImageError: Its pixels cannot be read.
+    """
+    with _reading(label):
+        return _pixels(image)
+
+
+def from_item(item: Any, label: str) -> tuple[Tensor, bool]:
+    """Take the image out of what a dataset returned.
+
+    Args:
+        item: An image, a tuple or list that begins with one, or a mapping with the key "image".
+            An image is a PIL image, a uint8 array (h, w) or (h, w, 1|3|4), or a float tensor
+            (c, h, w).
+        label: How messages name it.
+
+    Returns:
+        The image (c, h, w), and True where it came as pixels: RGB in 0..1, to be normalised.
+
+    Raises:
+        ImageError: The pixels of a PIL image cannot be read.
+        TypeError: Not an image, or a tensor of integers.
+        ValueError: A tensor that is not (c, h, w).
+    """
+    if isinstance(item, Mapping):
+        if "image" not in item:
+            keys = ", ".join(repr(key) for key in item)
+            raise TypeError(f"item without 'image': {label!r} has {keys or 'no keys'}: {_WANTED}")
+        item = item["image"]
+    elif isinstance(item, tuple | list) and len(item) > 0:
+        item = item[0]
+    if isinstance(item, Image.Image):
+        return from_pil(item, label), True
+    if isinstance(item, np.ndarray) and item.dtype == np.uint8:
+        if item.ndim == 3 and item.shape[2] == 1:
+            item = item[:, :, 0]
+        if item.size and (item.ndim == 2 or (item.ndim == 3 and item.shape[2] in (3, 4))):
+            return from_pil(Image.fromarray(item), label), True
+    if isinstance(item, Tensor):
+        float_images(item, label, "(c, h, w)")
+        return item.detach().as_subclass(Tensor).cpu(), False
+    kind = type(item).__name__
+    if isinstance(item, np.ndarray):
+        kind = f"{item.dtype} array {item.shape}"
+    raise TypeError(f"item is no image: {label!r} is {kind}: {_WANTED}")
+
+
+def read_item(dataset: Any, index: int, label: str) -> tuple[Tensor, bool]:
+    """Ask a dataset for one image, and tell a file that it cannot read from a fault of its own.
+
+    Args:
+        dataset: Anything with integer indices.
+        index: Which item.
+        label: How messages name it.
+
+    Returns:
+        What `from_item` makes of it.
+
+    Raises:
+        ImageError: The dataset met a file that is missing or broken.
+        TypeError: As `from_item`.
+        ValueError: As `from_item`, or the dataset raised something else.
+    """
+    try:
+        with _quiet_pil():
+            item = dataset[index]
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _unreadable(label, error) from error
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
+        name = type(dataset).__name__
+        text = f"dataset {name} failed: item {label!r}, {one_line(error)}: mend its __getitem__"
+        raise ValueError(text) from error
+    return from_item(item, label)
+
+
+def float_images(x: Tensor, label: str, shape: str) -> None:
+    """Refuse a tensor that cannot be used as it is.
+
+    Args:
+        x: A tensor of images.
+        label: How messages name it.
+        shape: The axes that it must have, "(c, h, w)" or "(n, c, h, w)".
+
+    Raises:
+        TypeError: Integer, boolean or complex values.
+        ValueError: Another number of axes, or an axis without extent.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"images are not float: {label!r} is {x.dtype}: {_INTEGER}")
+    if x.ndim != shape.count(",") + 1 or 0 in x.shape:
+        found = tuple(x.shape)
+        raise ValueError(f"images of the wrong shape: {label!r} is {found}: give {shape}")
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """Load, rotate, convert: (3, h, w) float32 in 0..1."""
+    image.load()  # first: it reads EXIF that follows the pixels, and turns TIFFs by itself
+    turn = _TURNS.get(_orientation(image))
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.mode.startswith("I;16"):
+        return _grey(np.asarray(image).astype(np.float32) / np.float32(65535))
+    if image.mode == "I":
+        return _grey(_scaled(np.asarray(image), (65535,)))
+    if image.mode == "F":
+        return _grey(_scaled(np.asarray(image), (1, 255)))
+    if image.mode == "La":
+        image = image.convert("LA")
+    rgb = torch.from_numpy(np.array(image.convert("RGB")))  # (h, w, 3) uint8
+    return rgb.permute(2, 0, 1).contiguous().float().div_(255)  # (3, h, w)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 where there is none or the EXIF block is broken."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # Pillow's EXIF parser raises whatever it trips over; the pixels are fine
+        return 1
+
+
+def _scaled(values: NDArray[Any], whites: tuple[int, ...]) -> NDArray[np.float32]:
+    """Divide by the first white level that holds every value: 32-bit modes do not state theirs."""
+    low, high = float(values.min()), float(values.max())
+    for white in whites:
+        if low >= 0 and high <= white:
+            return (values / white).astype(np.float32)
+    raise ValueError(f"32-bit values {low:g} to {high:g} lie outside 0..{whites[-1]}")
+
+
+def _grey(values: NDArray[np.float32]) -> Tensor:
+    """(h, w) in 0..1 -> (3, h, w)."""
+    return torch.from_numpy(np.ascontiguousarray(values)).expand(3, -1, -1).contiguous()

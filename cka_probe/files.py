@@ -1,0 +1,135 @@
+"""Files that are whole or absent, and the plain .npz (no pickle) that results are kept in."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["load_npz", "plain", "replacing", "save_npz"]
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a file whole or not at all: yields a temporary path beside it, renamed on success.
+
+    After any failure (a full disk, Ctrl-C) the temporary file is gone and what stood at `path`
+    before still stands. The folder must exist.
+
+    Args:
+        path: where the file is to be.
+
+    Yields:
+        The path to write to, in the same folder and with the same suffix.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())  # a disk that fills late says so here, before the rename
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_npz(
+    path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]], meta: Any, *, version: int
+) -> None:
+    """Write arrays, meta (as a 0-d array of JSON text) and format (an integer) to one .npz.
+
+    Args:
+        path: taken as it is, without a suffix added.
+        arrays: numbers or text by name; never objects.
+        meta: what `plain` returns.
+        version: of the format.
+
+    Raises:
+        OSError: where the folder does not exist or cannot be written; nothing is left there.
+        ValueError: for an array of objects.
+    """
+    everything = {**arrays, "meta": np.array(json.dumps(meta)), "format": np.array(version)}
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **everything)
+
+
+def load_npz(
+    path: str | os.PathLike[str], names: tuple[str, ...], *, version: int, what: str = "report"
+) -> tuple[dict[str, NDArray[Any]], Any]:
+    """Read what `save_npz` wrote; nothing in the file is executed.
+
+    Args:
+        path: the file.
+        names: the arrays that belong in it; others are not read.
+        version: the newest format that the caller understands.
+        what: the file's kind, for the messages.
+
+    Returns:
+        (arrays by name, meta).
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: where it is something else, is damaged, or of a newer format.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such {what}: {path}: check the path")
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            raise ValueError(f"not a {what}, nor any .npz: {path}: give the file that was saved")
+        file.seek(0)
+        try:
+            with np.load(file, allow_pickle=False) as archive:
+                wanted = [k for k in (*names, "meta", "format") if k in archive]
+                stored = {k: np.asarray(archive[k]) for k in wanted}  # a member may be bytes
+        except _DAMAGE:
+            raise ValueError(f"{what} cut short or damaged: {path}: make it again") from None
+    found = stored.pop("format", np.array(None))
+    if found.ndim or found.dtype.kind not in "iu":
+        raise ValueError(f"an .npz, but no {what}: {path}: give the file that was saved")
+    if found > version:
+        raise ValueError(f"{what} of a newer format ({found}): {path}: update cka-probe")
+    missing = [name for name in (*names, "meta") if name not in stored]
+    if missing:
+        raise ValueError(f"{what} lacks {', '.join(missing)}: {path}: make it again")
+    try:
+        return stored, json.loads(str(stored.pop("meta")))
+    except ValueError:
+        raise ValueError(f"{what} whose meta is no JSON: {path}: make it again") from None
+
+
+# What numpy and zipfile raise on archives that are cut, flipped, encrypted or hold pickles.
+_DAMAGE = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+def plain(value: Any, where: str = "meta") -> Any:
+    """The value as JSON would return it: tuples become lists, nan and infinity None.
+
+    Args:
+        value: dict (text keys), list, tuple, text, number, bool, None, or a NumPy number.
+        where: its name, for the message.
+
+    Raises:
+        TypeError: for anything else, naming the place.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{where}[{k}]") for k, item in enumerate(value)]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+    raise TypeError(f"{where} cannot be JSON: {value!r:.60}: use text keys, text, numbers, lists")

@@ -1,0 +1,151 @@
+"""Forwards: one batch through the networks of all its views, features into the estimator."""
+
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cka_probe.collect import Collector, Tap, failing_module
+from cka_probe.decode import one_line
+from cka_probe.images import Batch
+from cka_probe.kernels import NonFiniteFeaturesError
+from cka_probe.provenance import MacCounter, layer_table
+
+
+class Forwards:
+    """The networks with their hooks in, for the length of a run.
+
+    Args:
+        models: view -> network; views may share one.
+        estimator: takes the features, with (view, tap) as the key.
+        stack: what must be undone at the end is put on it.
+        layers: as in `select_layers`.
+        reduce: as in `get_reducer`.
+        device: where the forwards run; None for where each network is.
+        amp: autocast to bfloat16 for the networks.
+
+    Attributes:
+        collectors: view -> its collector. tables: view -> `layer_table`, after the first batch.
+        macs: view -> MACs per image.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, nn.Module],
+        estimator: Any,
+        stack: ExitStack,
+        *,
+        layers: Any = None,
+        reduce: Any = "flatten",
+        device: Any = None,
+        amp: bool = False,
+    ) -> None:
+        self.models, self.estimator, self.amp = models, estimator, amp
+        self.asked = layers is not None
+        self.tables: dict[str, dict[str, Any]] = {}
+        self.macs: dict[str, int] = {}
+        self.devices: dict[str, torch.device] = {}
+        self.collectors: dict[str, Collector] = {}
+        by_model: dict[int, Collector] = {}
+        for view, model in models.items():
+            if id(model) not in by_model:
+                _move(model, device, stack)
+                collector = Collector(model, layers, reduce=reduce)
+                by_model[id(model)] = stack.enter_context(collector)
+            self.collectors[view] = by_model[id(model)]
+            self.devices[view] = _device_of(model)
+
+    def take(self, batch: Batch, bar: Any) -> None:
+        """Every view of one batch through its network; the first batch is the check.
+
+        Raises:
+            ValueError: a network cannot take a size, or features are NaN or Inf; the message
+                names the view and, where known, the layer.
+        """
+        first = not self.tables
+        for view, x in batch.views.items():
+            bar.set_postfix_str(f"view {view}", refresh=False)
+            self._forward(view, x, batch.index, first)
+        if first:
+            self._first_look()
+        self.estimator.close_batch(batch.index)
+        bar.update(len(batch.ids))
+
+    def _forward(self, view: str, x: Tensor, index: int, first: bool) -> None:
+        collector, device = self.collectors[view], self.devices[view]
+        counter = MacCounter(active=first)
+
+        def sink(tap: Tap, features: Tensor) -> None:
+            counter.outside(self.estimator.put, (view, tap), features)
+
+        x = x.to(device, non_blocking=True)
+        n, shape = len(x), tuple(x.shape[1:])
+        try:
+            with counter, torch.autocast(device.type, torch.bfloat16, enabled=self.amp):
+                collector.run(x, sink)
+        except Exception as error:
+            raise _explained(error, collector.model, view, shape, index) from error
+        if first:
+            self.macs[view] = counter.macs() // n
+            self.tables[view] = layer_table({view: collector}, self.models)
+
+    def _first_look(self) -> None:
+        """After the first batch: say what was never reached."""
+        never = sorted({path for c in self.collectors.values() for path in c.unreached})
+        if self.asked and never:
+            warnings.warn(f"layers never reached: {', '.join(never)}", UserWarning, stacklevel=5)
+        if not any(collector.labels for collector in self.collectors.values()):
+            raise ValueError(
+                f"no layer put out features: {', '.join(never) or 'none reached'}: "
+                "choose others; `cka-probe layers` lists them"
+            )
+
+
+def _move(model: nn.Module, target: Any, stack: ExitStack) -> None:
+    if target is None:
+        return
+    before = _device_of(model)
+    try:
+        model.to(target)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"cannot use device: {str(target)!r}, {one_line(error)}: leave device out"
+        ) from None
+    stack.callback(model.to, before)
+
+
+def _explained(
+    error: Exception, model: nn.Module, view: str, shape: tuple[int, ...], index: int
+) -> Exception:
+    """One line that names the view, the batch and, where known, the layer."""
+    size = " x ".join(map(str, shape))
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, NonFiniteFeaturesError):
+        cause = cause.__cause__
+    if cause is not None:
+        return ValueError(
+            f"non-finite features: {one_line(error)}, view {view!r}, batch {index}: "
+            "mend the network's weights, or its input's normalisation"
+        )
+    if (
+        isinstance(error, ValueError)
+        and ": " in str(error)
+        and failing_module(error, model) is None
+    ):
+        return ValueError(f"{one_line(error)} (view {view!r}, batch {index})")
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return ValueError(f"out of memory: view {view!r}, {size}: use a smaller batch_size")
+    where = failing_module(error, model)
+    layer = f" in layer {where!r}" if where else ""
+    return ValueError(
+        f"the network cannot take view {view!r}: {size}{layer}, {one_line(error)}: "
+        "leave that size out, or use resize='restore' (--resize restore)"
+    )
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    tensors = [*model.parameters(), *model.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")

@@ -1,0 +1,285 @@
+"""Pictures of a report: heatmap, curve, grid.
+
+Each function draws into `ax` and returns it; none shows or saves. Without `ax` it makes a figure
+through pyplot, sized to the report, because that is what a notebook displays by itself; with `ax`
+pyplot is not touched. Give axes of a figure with `layout="constrained"`: names take room beside
+them. Colours are colour-blind safe and fixed to CKA 0..1, so that two pictures compare; a negative
+value has the colour of 0 and keeps its number; nan is grey, hatched and says so.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+import os
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import matplotlib as mpl
+import numpy as np
+import seaborn as sns
+from matplotlib import pyplot as plt
+from matplotlib.collections import QuadMesh
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from cka_probe.files import replacing
+from cka_probe.lettering import FONT, annotate, room_in, row_in, settle, shown, whole
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+    from cka_probe.report import Report
+
+__all__ = ["as_html", "curve", "grid", "heatmap", "save_figure"]
+
+_SUFFIXES = (".png", ".pdf", ".svg")
+_MARKERS = "osDv^PX*"
+_made: WeakSet[Figure] = WeakSet()  # figures that this room made, for save_figure to close
+
+
+def heatmap(
+    report: Report,
+    view: str | None = None,
+    *,
+    ax: Axes | None = None,
+    level: float = 0.95,
+    colorbar: bool = True,
+) -> Axes:
+    """Layers x views: how far each layer moves from what it is in one view.
+
+    A cell holds the CKA of a layer in its column's view with the same layer in `view`, and where
+    there is room half the width of its confidence interval.
+
+    Args:
+        report: what to draw.
+        view: what the others are held against; None is the report's reference.
+        ax: where to draw; None makes a figure that grows with the number of layers.
+        level: coverage of the intervals.
+        colorbar: draw the key to the colours beside the axes.
+
+    Returns:
+        The axes, layers in execution order from top to bottom.
+
+    Raises:
+        ValueError: for an unknown view, or a level that is not between 0 and 1.
+    """
+    view = report.reference if view is None else view
+    table = report.against(view)
+    half = (report.against(view, "high", level=level) - table).to_numpy()
+    ax = _axes(ax, _heatmap_size(table))
+    mesh = _mesh(ax, table, f"CKA with {shown([view], 16)[0]}" if colorbar else None)
+    names = ["\n".join(wrap(name, 11, break_long_words=False)) for name in shown(table.columns)]
+    names[list(table.columns).index(view)] += "\n(reference)"
+    settle(ax, names, shown(table.index))
+    ax.set(xlabel="view", ylabel="layer")
+    if len(table) > 30:
+        ax.tick_params(top=True, labeltop=True)
+    if annotate(ax, mesh, table.to_numpy(), half):
+        ax.set_title(f"± half of the {100 * level:g} % interval", fontsize=FONT, loc="right")
+    return ax
+
+
+def grid(
+    report: Report,
+    view_a: str | None = None,
+    view_b: str | None = None,
+    *,
+    ax: Axes | None = None,
+    colorbar: bool = True,
+) -> Axes:
+    """Layers x layers: each layer of one view held against each layer of another.
+
+    Args:
+        report: what to draw.
+        view_a: view of the rows; as in `Report.between`, None works in a report of up to two views.
+        view_b: view of the columns; None is the last view if `view_a` is None too, else `view_a`.
+        ax: where to draw; None makes a figure that grows with the number of layers.
+        colorbar: draw the key to the colours beside the axes.
+
+    Returns:
+        The axes, with square cells, the first layers at the top left.
+
+    Raises:
+        ValueError: for an unknown view, or none named in a report of more than two.
+    """
+    table = report.between(view_a, view_b)
+    ax = _axes(ax, _grid_size(table))
+    ax.set_aspect("equal")
+    mesh = _mesh(ax, table, "CKA" if colorbar else None)
+    settle(ax, shown(table.columns), shown(table.index))
+    ax.set(xlabel=shown([table.columns.name], 30)[0], ylabel=shown([table.index.name], 30)[0])
+    annotate(ax, mesh, table.to_numpy(), np.zeros(table.shape))
+    return ax
+
+
+def curve(
+    report: Report, view: str | None = None, *, ax: Axes | None = None, level: float = 0.95
+) -> Axes:
+    """CKA with one view along the layers: a line for each other view, in its interval band.
+
+    A value that is nan leaves a gap.
+
+    Args:
+        report: what to draw.
+        view: what the others are held against, drawn as a dashed line at 1; None is the reference.
+        ax: where to draw; None makes a figure that grows with the number of layers.
+        level: coverage of the bands.
+
+    Returns:
+        The axes, layers in execution order from left to right, the legend to the right.
+
+    Raises:
+        ValueError: for an unknown view, or a level that is not between 0 and 1.
+    """
+    view = report.reference if view is None else view
+    table = report.against(view)
+    low, high = (report.against(view, what, level=level) for what in ("low", "high"))
+    layers = len(table)
+    columns = math.ceil(len(table.columns) / 13)  # of the legend
+    width_in = 0.6 + max(5.0, layers * row_in(layers)) + columns * 1.4
+    ax = _axes(ax, (width_in, 3.6 + room_in(table.index)))
+    others = [name for name in table.columns if name != view]
+    labels = dict(zip(table.columns, shown(table.columns), strict=True))
+    x = np.arange(layers)
+    for k, (name, colour) in enumerate(zip(others, _colours(others), strict=True)):
+        y, lower, upper = (frame[name].to_numpy() for frame in (table, low, high))
+        ax.fill_between(x, lower, upper, color=colour, alpha=0.2, linewidth=0)
+        known = np.concatenate([[False], ~np.isnan(lower), [False]])
+        alone = known[1:-1] & ~known[:-2] & ~known[2:]  # a band of one layer has no width
+        ax.vlines(x[alone], lower[alone], upper[alone], color=colour, alpha=0.5)
+        mark, size = _MARKERS[k % len(_MARKERS)], 4 if layers <= 40 else 2.5
+        label = " " * labels[name].startswith("_") + labels[name]  # matplotlib hides "_name"
+        ax.plot(x, y, color=colour, marker=mark, markersize=size, linewidth=1.3, label=label)
+    ax.axhline(1, color="0.4", linestyle="--", linewidth=1, label=f"{labels[view]} (reference)")
+    ax.set_xlim(-0.5, layers - 0.5)
+    least = np.nanmin([0.0, *low.to_numpy().ravel(), *table.to_numpy().ravel()])
+    ax.set_ylim(max(-1.0, least - 0.05 * (least < 0)), 1.03)
+    ax.grid(axis="y", color="0.9")
+    ax.set_axisbelow(True)
+    sns.despine(ax=ax)
+    bands = low[others].notna().to_numpy().any()
+    title = f"view, with its\n{100 * level:g} % interval" if bands else "view"
+    ax.legend(
+        title=title,
+        fontsize=FONT,
+        title_fontsize=FONT,
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1),
+        borderaxespad=0,
+        frameon=False,
+        ncols=columns,
+    )
+    settle(ax, shown(table.index), None)
+    ax.set(xlabel="layer, in execution order", ylabel=f"CKA with {shown([view], 16)[0]}")
+    return ax
+
+
+def as_html(report: Report) -> str:
+    """The HTML by which a report shows itself in a notebook: a picture inlined as PNG, a sentence.
+
+    The picture is the heatmap, or the grid where no layer stands in two views. pyplot is not
+    touched, so that a notebook shows it once.
+    """
+    table = report.against()
+    others = table.drop(columns=report.reference).isna().to_numpy().all()
+    alone = others and len(table.columns) <= 2
+    size_in = _grid_size(report.between()) if alone else _heatmap_size(table)
+    figure = Figure(figsize=size_in, layout="compressed")
+    (grid if alone else heatmap)(report, ax=figure.add_subplot())
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=90)
+    source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    said = html.escape(report.summary())
+    return f'<img style="max-width:100%" alt="{said}" src="{source}"><p>{said}</p>'
+
+
+def save_figure(ax: Axes, path: str | os.PathLike[str], *, dpi: int = 160) -> None:
+    """Write the figure of some axes whole or not at all; close it if this room made it.
+
+    Args:
+        ax: any axes of the figure.
+        path: ends in .png, .pdf or .svg; one that stood there is replaced.
+        dpi: dots per inch of a PNG.
+
+    Raises:
+        ValueError: for another suffix.
+        OSError: where the folder does not exist or cannot be written.
+    """
+    kind = Path(path).suffix.lower()
+    if kind not in _SUFFIXES:
+        raise ValueError(f"unknown kind of picture: {kind!r}: use one of {', '.join(_SUFFIXES)}")
+    figure = whole(ax)
+    undated = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(kind)
+    steady: Any = {"svg.hashsalt": "cka_probe", "pdf.fonttype": 42}  # same report, same bytes
+    try:
+        with replacing(path) as temporary, mpl.rc_context(steady):
+            box = None if figure in _made else "tight"
+            figure.savefig(temporary, dpi=dpi, bbox_inches=box, metadata=undated)
+    finally:
+        if figure in _made:
+            plt.close(figure)
+
+
+def _axes(ax: Axes | None, size_in: tuple[float, float]) -> Axes:
+    """The axes given, or those of a new figure that names cannot run out of."""
+    if ax is not None:
+        return ax
+    figure = plt.figure(figsize=size_in, layout="compressed")
+    _made.add(figure)
+    return figure.add_subplot()
+
+
+def _heatmap_size(table: pd.DataFrame) -> tuple[float, float]:
+    """Width and height in inches of a figure in which the values of this table can be read."""
+    layers, views = table.shape
+    column_in = 0.85 if views <= 12 else 0.5 if views <= 40 else 0.2
+    height_in = max(2.6, 1.1 + layers * row_in(layers))
+    return 1.2 + room_in(table.index) + views * column_in, height_in
+
+
+def _grid_size(table: pd.DataFrame) -> tuple[float, float]:
+    """The same for a table of layers x layers with square cells."""
+    most = max(table.shape)
+    side_in = 0.36 if most <= 30 else row_in(most)
+    width_in = max(3.0, 1.3 + room_in(table.index) + table.shape[1] * side_in)
+    return width_in, max(2.6, 0.5 + room_in(table.columns) + table.shape[0] * side_in)
+
+
+def _colours(views: list[str]) -> list[tuple[float, float, float]]:
+    """A colour for each view: from dark to bright by size where views are sizes, else distinct."""
+    try:
+        rank = np.argsort(np.argsort([float(name) for name in views]))
+    except ValueError:
+        if len(views) <= 10:
+            return list(sns.color_palette("colorblind", len(views)))
+        rank = np.arange(len(views))
+    colours = mpl.colormaps["viridis"](0.85 * rank / max(1, len(views) - 1))
+    return [(r, g, b) for r, g, b, _ in colours]
+
+
+def _mesh(ax: Axes, table: pd.DataFrame, key: str | None) -> QuadMesh:
+    """Coloured cells, the first row at the top; nan is grey and hatched."""
+    values = table.to_numpy()
+    mesh = ax.pcolormesh(
+        np.ma.masked_invalid(values), cmap="viridis", vmin=0, vmax=1, rasterized=values.size > 10000
+    )
+    for row, column in np.argwhere(np.isnan(values)):
+        cell = Rectangle((column, row), 1, 1, facecolor="0.88", edgecolor="0.6", linewidth=0)
+        cell.set_hatch("////")
+        ax.add_patch(cell)
+    ax.set_xlim(0, values.shape[1])
+    ax.set_ylim(values.shape[0], 0)
+    if key is not None:
+        share = min(1.0, 4 / whole(ax).get_figheight())
+        bar = ax.figure.colorbar(
+            mesh, ax=ax, label=key, pad=0.02, shrink=share, anchor=(0, 1), aspect=25
+        )
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=FONT)
+    return mesh

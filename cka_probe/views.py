@@ -1,0 +1,337 @@
+"""What one view does to one image: centre square, resize, restore, normalise. All resizing is here.
+
+A view never changes the tensor that it is given: all views of an image share one decoded copy.
+"""
+
+import contextlib
+import hashlib
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2.functional import center_crop
+
+from cka_probe.decode import one_line
+
+__all__ = ["NATIVE", "Transform", "View", "check_scales", "look", "parse_scales"]
+__all__ += ["scale_transforms", "seeded", "stack", "view_transforms"]
+
+Transform = Callable[[Tensor], Tensor]
+NATIVE = "native"
+_SIDES = "give sides in pixels, such as 32,64,128,224"
+
+
+@dataclass(frozen=True)
+class View:
+    """The transform of one view, as a value: it can be compared, printed and sent to workers.
+
+    Attributes:
+        side_px: Centre square and resize to this side; None leaves the image as it is.
+        restore_px: Then resize to this side; None stops at `side_px`.
+        antialias: Widen the filter when shrinking, in every resize.
+        mean: Channel means, subtracted at the end; None normalises nothing.
+        std: Channel standard deviations, divided by at the end.
+    """
+
+    side_px: int | None = None
+    restore_px: int | None = None
+    antialias: bool = True
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.mean is None) != (self.std is None):
+            given = "mean" if self.std is None else "std"
+            raise ValueError(f"half a normalisation: only {given} is given: give mean and std")
+        if self.mean is None or self.std is None:
+            return
+        object.__setattr__(self, "mean", _channels("mean", self.mean))
+        object.__setattr__(self, "std", _channels("std", self.std))
+        if len(self.mean) != len(self.std):
+            counts = f"{len(self.mean)} means, {len(self.std)} stds"
+            raise ValueError(f"mean and std differ in length: {counts}: give one per channel")
+        if not all(s > 0 for s in self.std):
+            raise ValueError(f"std is not positive: {self.std}: give one number above 0 a channel")
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Look at one image.
+
+        Args:
+            image: (c, h, w), float; 0..1 where it was decoded from pixels.
+
+        Returns:
+            (c, side, side), or (c, h, w) where the view has no size. The same tensor, not a copy,
+            where there is nothing to do.
+        """
+        for side_px in (self.side_px, self.restore_px):
+            if side_px is not None:
+                image = _resize(_centre_square(image), side_px, self.antialias)
+        if self.mean is None or self.std is None:
+            return image
+        if len(self.mean) not in (1, image.shape[0]):
+            counts = f"{len(self.mean)} for {image.shape[0]} channels"
+            raise ValueError(f"mean and std do not fit the images: {counts}: give one per channel")
+        mean = torch.tensor(self.mean, dtype=image.dtype).view(-1, 1, 1)
+        std = torch.tensor(self.std, dtype=image.dtype).view(-1, 1, 1)
+        return (image - mean).div_(std)
+
+
+def _channels(what: str, values: Iterable[float]) -> tuple[float, ...]:
+    """Finite numbers, one a channel."""
+    try:
+        out = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        out = ()
+    if not out or not all(abs(value) < float("inf") for value in out):
+        raise ValueError(f"{what} is no list of numbers: {values!r}: give one number per channel")
+    return out
+
+
+def _centre_square(image: Tensor) -> Tensor:
+    """(c, h, w) -> (c, min(h, w), min(h, w)), torchvision's centre crop."""
+    height, width = image.shape[-2:]
+    if height == width:
+        return image
+    side_px = min(height, width)
+    cropped: Tensor = center_crop(image, [side_px, side_px])
+    return cropped
+
+
+def _resize(image: Tensor, side_px: int, antialias: bool) -> Tensor:
+    """(c, h, w) -> (c, side, side), bilinear; the identity where the size is there already.
+
+    float16 and bfloat16 images are resized in float32 and rounded once.
+    """
+    if tuple(image.shape[-2:]) == (side_px, side_px):
+        return image
+    wide = image if image.dtype in (torch.float32, torch.float64) else image.float()
+    size = (side_px, side_px)
+    out = F.interpolate(
+        wide[None], size, mode="bilinear", align_corners=False, antialias=antialias
+    )  # (1, c, side, side)
+    return out[0].to(image.dtype)
+
+
+@contextlib.contextmanager
+def seeded(*key: int | str) -> Iterator[None]:
+    """Torch's and Python's random numbers follow from `key` inside and are as before afterwards.
+
+    The numbers of CUDA devices and NumPy's global ones are neither seeded nor put back.
+
+    Args:
+        key: Anything with a stable `repr`: the seed, the image, the view.
+    """
+    digest = hashlib.sha256(repr(key).encode("utf-8", "surrogateescape")).digest()
+    number = int.from_bytes(digest[:7], "big")
+    before, python_before = torch.get_rng_state(), random.getstate()
+    torch.default_generator.manual_seed(number)
+    random.seed(number)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
+        random.setstate(python_before)
+
+
+def look(transform: Transform, image: Tensor, seed: int, label: str, view: str) -> Tensor:
+    """One view of one image; a transform of the user's gets its own copy and its own numbers.
+
+    Args:
+        transform: From `scale_transforms`, or any callable.
+        image: (c, h, w) float; it is not changed.
+        seed: Random transforms draw from (seed, label, view), whatever the order of the images.
+        label: How messages name the image.
+        view: The view's name.
+
+    Returns:
+        What the network is fed for this image; (c, h, w) as a rule.
+
+    Raises:
+        TypeError: The transform returned no tensor.
+        ValueError: The transform raised.
+    """
+    if isinstance(transform, View):
+        return transform(image)
+    try:
+        with seeded(seed, label, view):
+            out = transform(image.clone())
+    except MemoryError:
+        raise
+    except Exception as error:
+        text = f"view {view!r} failed: image {label!r}, {one_line(error)}: check its transform"
+        raise ValueError(text) from error
+    if not isinstance(out, Tensor):
+        kind = type(out).__name__
+        raise TypeError(f"view {view!r} gives no tensor: {kind}: end its transform in a tensor")
+    return out.detach()
+
+
+def stack(view: str, images: list[Tensor], ids: list[str]) -> Tensor:
+    """Put the images of one view into one batch.
+
+    Args:
+        view: The view's name.
+        images: b images, (c, h, w) each.
+        ids: How messages name them.
+
+    Returns:
+        (b, c, h, w).
+
+    Raises:
+        ValueError: They differ in size.
+    """
+    for image, label in zip(images, ids, strict=True):
+        if image.shape != images[0].shape:
+            first, other = tuple(images[0].shape), tuple(image.shape)
+            both = f"{ids[0]!r} {first} and {label!r} {other} in view {view!r}"
+            raise ValueError(f"images of different sizes: {both}: give scales=, or a resize")
+    return torch.stack(images)
+
+
+def parse_scales(text: str) -> list[int]:
+    """Read the scales of a command line.
+
+    Args:
+        text: "32,64,128,224"; blanks around a number are fine.
+
+    Returns:
+        Sides in pixels, in the order given.
+
+    Raises:
+        ValueError: Not a number, not positive, given twice, or nothing there.
+    """
+    if not text.strip():
+        raise ValueError(f"no scales: {text!r}: {_SIDES}")
+    sides = []
+    for part in text.split(","):
+        if re.fullmatch(r"[+-]?[0-9]+", part.strip()) is None:
+            raise ValueError(f"bad scale: {part.strip()!r}: {_SIDES}")
+        sides.append(int(part))
+    return check_scales(sides)
+
+
+def check_scales(scales: Iterable[int]) -> list[int]:
+    """Refuse scales that name no view.
+
+    Args:
+        scales: Sides in pixels.
+
+    Returns:
+        The same as a list of plain ints.
+
+    Raises:
+        TypeError: Not a collection of whole numbers.
+        ValueError: Empty, not positive, or a duplicate.
+    """
+    if isinstance(scales, str) or not isinstance(scales, Iterable):
+        raise TypeError(f"scales is no list: {scales!r}: give a list such as [32, 64, 128, 224]")
+    sides: list[int] = []
+    for scale in scales:
+        if isinstance(scale, bool) or not hasattr(scale, "__index__"):
+            raise TypeError(f"bad scale: {scale!r}: {_SIDES}")
+        side_px = int(scale)
+        if side_px <= 0:
+            raise ValueError(f"bad scale: {side_px}: a side is at least 1 pixel")
+        if side_px in sides:
+            raise ValueError(f"scale given twice: {side_px}: name each view once")
+        sides.append(side_px)
+    if not sides:
+        raise ValueError(f"no scales: {sides}: {_SIDES}, or None for the images as they are")
+    return sides
+
+
+def scale_transforms(
+    scales: Iterable[int] | None,
+    *,
+    reference: int | str | None = None,
+    resize: Literal["native", "restore"] | str = "native",
+    antialias: bool = True,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> dict[str, Transform]:
+    """One transform per scale, named by it.
+
+    Args:
+        scales: Sides in pixels; None is one view "native", the images as they are, uncropped.
+        reference: One of the scales; None is the largest. Only `restore` needs it.
+        resize: "native" feeds s x s; "restore" resizes to s and back up to the reference.
+        antialias: Widen the filter when shrinking, in every resize.
+        mean: Channel means to normalise with; None for images that are used as they are.
+        std: Channel standard deviations.
+
+    Returns:
+        {view name: transform of one (c, h, w) float image}, in the order of `scales`.
+
+    Raises:
+        TypeError: Scales that are no whole numbers.
+        ValueError: Bad scales, a reference that is none of them, an unknown `resize`, or `restore`
+            with a scale above the reference.
+    """
+    if resize not in ("native", "restore"):
+        raise ValueError(f"unknown resize: {resize!r}: choose 'native' or 'restore'")
+    means = None if mean is None else tuple(mean)
+    stds = None if std is None else tuple(std)
+    if scales is None:
+        if resize == "restore":
+            raise ValueError("restore without scales: None: give scales= to resize down to")
+        return {NATIVE: View(mean=means, std=stds)}
+    sides = check_scales(scales)
+    top = max(sides) if reference is None else _reference(reference, sides)
+    if resize == "restore" and max(sides) > top:
+        bad = f"{max(sides)} above {top}"
+        raise ValueError(f"restore only goes up: {bad}: take the largest scale as the reference")
+    back = top if resize == "restore" else None
+    return {str(s): View(s, back, antialias, means, stds) for s in sides}
+
+
+def _reference(reference: int | str, sides: list[int]) -> int:
+    """The reference as one of the sides."""
+    if str(reference) not in {str(side) for side in sides}:
+        known = ", ".join(str(side) for side in sides)
+        raise ValueError(f"reference is not a scale: {str(reference)!r}: choose one of {known}")
+    return int(reference)
+
+
+def view_transforms(
+    transforms: Mapping[str, Transform | None],
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> dict[str, Transform]:
+    """The transforms of views that a user named.
+
+    A callable sees the decoded image, (c, h, w) float, 0..1 for pixels, before any crop and before
+    normalisation, and what it returns is fed to the network as it is. None is the image as it is,
+    normalised where `mean` and `std` are given.
+
+    Args:
+        transforms: {view name: callable or None}.
+        mean: Channel means for the views without a transform.
+        std: Channel standard deviations.
+
+    Returns:
+        {view name: transform of one (c, h, w) float image}.
+
+    Raises:
+        TypeError: A transform that is neither None nor callable.
+        ValueError: No views.
+    """
+    if not transforms:
+        raise ValueError("no views: {}: name at least one")
+    out: dict[str, Transform] = {}
+    for name, transform in transforms.items():
+        if transform is None:
+            transform = View(
+                mean=None if mean is None else tuple(mean),
+                std=None if std is None else tuple(std),
+            )
+        if not callable(transform):
+            kind = type(transform).__name__
+            raise TypeError(f"view {name!r} has no transform: {kind}: give a callable or None")
+        out[name] = transform
+    return out

@@ -1,0 +1,147 @@
+import warnings
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from cka_probe import DegenerateWarning, cka, cka_matrix, permutation_test
+
+
+def pair(n=60, p=12, q=9, shared=4, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, shared, generator=g)
+    noise = [torch.randn(n, d, generator=g) for d in (p, q)]
+    return [z @ torch.randn(shared, d, generator=g) + e for d, e in zip((p, q), noise, strict=True)]
+
+
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_cka_equals_the_oracle(kernel, unbiased):
+    x, y = pair()
+    expected = oracle.cka(x.double().numpy(), y.double().numpy(), kernel, unbiased)
+    assert cka(x, y, kernel=kernel, unbiased=unbiased) == pytest.approx(expected, abs=1e-7)
+
+
+def test_rbf_bandwidth_is_a_fraction_of_the_median():
+    x, y = (z.double().numpy() for z in pair())
+    for fraction in (0.3, 2.0):
+        expected = oracle.cka(x, y, "rbf", True, fraction)
+        assert cka(x, y, kernel="rbf", bandwidth=fraction) == pytest.approx(expected, abs=1e-9)
+
+
+def test_invariances():
+    x, y = (z.double() for z in pair())
+    value = cka(x, y)
+    rotation = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64))[0]
+    order = torch.randperm(60)
+    for other in (x @ rotation, 1e-6 * x, x + 100 * torch.randn(12), -x):
+        assert cka(other, y) == pytest.approx(value, abs=1e-9)
+        assert cka(other.numpy(), y.numpy(), kernel="rbf") == pytest.approx(
+            cka(x, y, kernel="rbf"), abs=1e-9
+        )
+    assert cka(x[order], y[order]) == pytest.approx(value, abs=1e-9)
+    assert cka(y, x) == pytest.approx(value, abs=1e-12)
+    assert cka(x, x) == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_any_float_dtype(dtype):
+    x, y = (z.to(dtype) for z in pair())
+    expected = oracle.cka(x.double().numpy(), y.double().numpy())
+    assert cka(x, y) == pytest.approx(expected, abs=1e-6)
+
+
+def test_constant_input_is_nan_with_its_name():
+    x, y = pair()
+    for constant in (torch.full((60, 5), 0.1), torch.zeros(60, 5)):
+        with pytest.warns(DegenerateWarning, match="constant features: 'x'"):
+            assert np.isnan(cka(constant, y))
+    with pytest.warns(DegenerateWarning, match="no similarity above rounding.*'y'"):
+        assert np.isnan(cka(x, torch.eye(60)))
+
+
+def test_other_degenerate_input():
+    x, y = pair()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # four images have a value, and no error bar to warn of
+        assert np.isfinite(cka(x[:4], y[:4]))
+    for n in (0, 1, 3):
+        with pytest.raises(ValueError, match=f"too few images: {n}"):
+            cka(x[:n], y[:n])
+    with pytest.raises(ValueError, match="unequal numbers of images: 'x' has 60, 'y' has 59"):
+        cka(x, y[:59])
+    for bad in (float("nan"), float("inf")):
+        z = y.clone()
+        z[3, 2] = bad
+        with pytest.raises(ValueError, match="non-finite features: 'y'"):
+            cka(x, z)
+    with pytest.raises(ValueError, match=r"not \(n, d\): 'x' has shape \(60, 3, 4\)"):
+        cka(x.view(60, 3, 4), y)
+    with pytest.raises(ValueError, match="unknown kernel"):
+        cka(x, y, kernel="cosine")
+
+
+def test_matrix_is_labelled_and_has_error_bars():
+    x, y = pair(100)
+    report = cka_matrix({"first": x, "second": y.numpy(), "third": x + y[:, :1]})
+    table = report.between()
+    assert list(table.index) == list(table.columns) == ["first", "second", "third"]
+    assert table.loc["first", "second"] == pytest.approx(cka(x, y), abs=1e-9)
+    low, high = report.interval()
+    assert low[0, 1] < report.cka[0, 1] < high[0, 1]
+    assert report.meta["groups"] == 20
+    assert (np.diag(report.cka) == 1).all()
+
+
+def test_matrix_does_not_fear_sorted_images():
+    """Features sorted by class: contiguous groups would be the classes, and the error bar absurd."""
+    g = torch.Generator().manual_seed(0)
+    centres = 3 * torch.randn(10, 6, generator=g)
+    x = centres.repeat_interleave(30, 0) + torch.randn(300, 6, generator=g)
+    y = x + torch.randn(300, 6, generator=g)
+    shuffled = torch.randperm(300, generator=g)
+    sorted_se = cka_matrix({"x": x, "y": y}).stderr[0, 1]
+    shuffled_se = cka_matrix({"x": x[shuffled], "y": y[shuffled]}).stderr[0, 1]
+    assert 0.5 < sorted_se / shuffled_se < 2
+
+
+def test_matrix_warns_where_there_is_no_error_bar():
+    x, y = pair(7)
+    with pytest.warns(DegenerateWarning, match="no error bars"):
+        assert np.isnan(cka_matrix({"x": x, "y": y}).stderr[0, 1])
+    with pytest.raises(ValueError, match="no features"):
+        cka_matrix({})
+
+
+def test_permutation_test_tells_dependence_from_independence():
+    x, y = pair(40)
+    value, p = permutation_test(x, y, n=199)
+    assert value == pytest.approx(cka(x, y))
+    assert p == pytest.approx(1 / 200)
+    g = torch.Generator().manual_seed(1)
+    ps = [
+        permutation_test(torch.randn(20, 5, generator=g), torch.randn(20, 5, generator=g), n=39)[1]
+        for _ in range(60)
+    ]
+    assert np.mean(np.array(ps) <= 0.1) < 0.25  # uniform under independence
+    assert 0.3 < np.mean(ps) < 0.7
+
+
+def test_permutation_test_repeats_and_leaves_the_global_state():
+    x, y = pair(20)
+    state = torch.get_rng_state()
+    assert permutation_test(x, y, n=50, seed=4) == permutation_test(x, y, n=50, seed=4)
+    assert torch.equal(state, torch.get_rng_state())
+    with pytest.raises(ValueError, match="too few permutations: 0"):
+        permutation_test(x, y, n=0)
+    with pytest.warns(DegenerateWarning):
+        assert np.isnan(permutation_test(torch.zeros(20, 3), y)[1])
+
+
+def test_doctests():
+    import doctest
+
+    import cka_probe.features
+
+    assert doctest.testmod(cka_probe.features).failed == 0

@@ -1,0 +1,216 @@
+import errno
+import os
+import resource
+import stat
+import zipfile
+
+import numpy as np
+import pytest
+
+from cka_probe import files
+from cka_probe.files import load_npz, plain, replacing, save_npz
+
+
+def one_line(error):
+    text = str(error.value)
+    assert "\n" not in text
+    assert text.count(": ") >= 2
+    return text
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_replacing_renames_only_what_was_written_whole(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("old")
+    with replacing(path) as temporary:
+        assert temporary.parent == tmp_path
+        assert temporary.suffix == ".csv"
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert names(tmp_path) == ["a.csv"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_a_failure_keeps_the_old_file_and_no_other(tmp_path, error):
+    path = tmp_path / "a.csv"
+    path.write_text("old")
+
+    def fail():
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.csv"]
+
+
+def test_a_disk_that_fills_late_is_a_failure(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"), replacing(tmp_path / "a") as temporary:
+        temporary.write_text("new")
+    assert names(tmp_path) == []
+
+
+def test_two_writers_do_not_share_a_temporary_file(tmp_path):
+    with replacing(tmp_path / "a") as one, replacing(tmp_path / "a") as two:
+        assert one != two
+        one.write_text("1")
+        two.write_text("2")
+
+
+def test_the_file_has_the_rights_that_open_gives(tmp_path):
+    (tmp_path / "plain").write_text("x")
+    with replacing(tmp_path / "a") as temporary:
+        temporary.write_text("x")
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "a")]
+    assert modes[0] == modes[1]
+
+
+def test_npz_round_trip(tmp_path):
+    arrays = {"x": np.array([[1.5, np.nan]]), "names": np.array(["層", "a"])}
+    save_npz(tmp_path / "no_suffix", arrays, {"k": [1, None]}, version=3)
+    assert names(tmp_path) == ["no_suffix"]
+    found, meta = load_npz(tmp_path / "no_suffix", ("x", "names"), version=3)
+    assert meta == {"k": [1, None]}
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array)
+        assert found[name].dtype == array.dtype
+
+
+def test_a_write_error_halfway_leaves_nothing(tmp_path):
+    path = tmp_path / "a.npz"
+    save_npz(path, {"x": np.arange(3)}, {}, version=1)
+    before = path.read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    noise = np.random.default_rng(0).random(100_000)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))  # as a disk that is full
+        with pytest.raises(OSError, match="too large"):
+            save_npz(path, {"x": noise}, {}, version=1)
+        with pytest.raises(OSError, match="too large"):
+            save_npz(tmp_path / "b.npz", {"x": noise}, {}, version=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_bytes() == before
+    assert names(tmp_path) == ["a.npz"]
+
+
+def test_objects_are_not_pickled(tmp_path):
+    with pytest.raises(ValueError, match="allow_pickle"):
+        save_npz(tmp_path / "a", {"x": np.array([{}])}, {}, version=1)
+    assert names(tmp_path) == []
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        load_npz(tmp_path / "a.npz", ("x",), version=1)
+    assert "a.npz" in one_line(error)
+
+
+@pytest.mark.parametrize("content", [b"", b"P", b"hello\n", b"\x93NUMPY", b"PK", b"PK\x03\x04junk"])
+def test_what_is_no_npz_is_refused(tmp_path, content):
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(ValueError, match=r"not a state|state cut short") as error:
+        load_npz(tmp_path / "a", ("x",), version=1, what="state")
+    one_line(error)
+
+
+def test_an_array_file_is_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(3))
+    with pytest.raises(ValueError, match="nor any"):
+        load_npz(tmp_path / "a.npy", ("x",), version=1)
+
+
+def test_every_truncation_is_refused(tmp_path):
+    path = tmp_path / "a"
+    save_npz(path, {"x": np.arange(30.0)}, {"a": 1}, version=1)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r": .*: ") as error:
+            load_npz(path, ("x",), version=1)
+        one_line(error)
+
+
+def test_no_flipped_byte_gives_other_numbers(tmp_path):
+    path = tmp_path / "a"
+    arrays = {"x": np.arange(30.0)}
+    save_npz(path, arrays, {"a": 1}, version=1)
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        try:
+            found, meta = load_npz(path, ("x",), version=1)
+        except ValueError:
+            refused += 1
+        else:
+            np.testing.assert_array_equal(found["x"], arrays["x"])
+            assert meta == {"a": 1}
+    assert refused > 100
+
+
+def test_a_pickle_inside_is_not_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    evil = np.empty((), object)
+    evil[()] = Trap()
+    np.savez(tmp_path / "a.npz", x=np.arange(3), meta=evil, format=1)
+    with pytest.raises(ValueError, match="damaged"):
+        load_npz(tmp_path / "a.npz", ("x",), version=1)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "match"),
+    [
+        ({"y": 1}, "but no report"),
+        ({"x": 1, "meta": "{}", "format": "1"}, "but no report"),
+        ({"x": 1, "meta": "{}", "format": [1]}, "but no report"),
+        ({"x": 1, "meta": "{}", "format": 2}, r"newer format \(2\)"),
+        ({"meta": "{}", "format": 1}, "lacks x"),
+        ({"x": 1, "format": 1}, "lacks meta"),
+        ({"x": 1, "meta": "{", "format": 1}, "no JSON"),
+    ],
+)
+def test_other_npz_files_are_refused(tmp_path, arrays, match):
+    np.savez(tmp_path / "a.npz", **{name: np.array(value) for name, value in arrays.items()})
+    with pytest.raises(ValueError, match=match) as error:
+        load_npz(tmp_path / "a.npz", ("x",), version=1)
+    assert "a.npz" in one_line(error)
+
+
+def test_a_zip_of_something_else_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("x", "text")
+        archive.writestr("format", "text")
+    with pytest.raises(ValueError, match="but no report"):
+        load_npz(tmp_path / "a.zip", ("x",), version=1)
+
+
+def test_plain_is_what_json_returns():
+    given = {"a": (1, np.int64(2), np.float32(0.5)), "b": [float("nan"), -np.inf], "c": np.True_}
+    assert plain(given) == {"a": [1, 2, 0.5], "b": [None, None], "c": True}
+    assert type(plain(given)["a"][1]) is int
+
+
+@pytest.mark.parametrize(
+    ("value", "place"),
+    [({"a": [{1}]}, r"meta\['a'\]\[0\]"), ({"a": {1: 2}}, r"meta\['a'\]"), (b"x", "meta")],
+)
+def test_plain_names_what_json_cannot_hold(value, place):
+    with pytest.raises(TypeError, match=place) as error:
+        plain(value)
+    one_line(error)

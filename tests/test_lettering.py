@@ -1,0 +1,68 @@
+import itertools
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from cka_probe.lettering import annotate, room_in, row_in, shown
+
+
+def test_short_names_stay():
+    assert shown(["layer1.0", "a" * 36]) == ["layer1.0", "a" * 36]
+
+
+def test_long_names_lose_their_middle():
+    (name,) = shown(["blocks.3.12.attn.qkv_proj.dropout.and.more"])
+    assert len(name) == 36
+    assert name.startswith("blocks.3.12.attn")
+    assert name.endswith("out.and.more")
+    assert "…" in name
+
+
+def test_no_two_names_become_one():
+    names = [f"{'x' * 100}{middle}{'y' * 100}" for middle in "abcdef"]
+    assert len(set(shown(names))) == 6
+    assert max(map(len, shown(names))) < 206
+    assert shown(["same", "same"]) == ["same", "same"]
+
+
+def test_dollars_are_no_formula():
+    assert shown(["a$x$"]) == [r"a\$x\$"]
+
+
+def test_room_grows_with_names_and_rows():
+    assert room_in(["a"]) < room_in(["a" * 20]) < room_in(["a" * 36]) == room_in(["a" * 360])
+    heights = [rows * row_in(rows) for rows in range(1, 1000)]
+    assert all(a <= b + 1e-9 for a, b in itertools.pairwise(heights))
+    assert heights[-1] < 30  # inches
+    assert row_in(100) * 72 > 11  # points: a line of 9 point type
+
+
+@pytest.mark.parametrize(
+    ("value", "half", "text"),
+    [
+        (0.874, 0.0149, "0.87 ±.01"),
+        (0.874, 0.0041, "0.87 ±.004"),
+        (0.874, 0.0001, "0.87 ±.001"),
+        (0.1, 1.234, "0.10 ±1.23"),
+        (-0.126, 0.5, "-0.13 ±.50"),
+        (-0.001, np.nan, "0.00"),
+        (1.0, 0.0, "1.00"),
+        (np.nan, np.nan, "nan"),
+    ],
+)
+def test_numbers(value, half, text):
+    ax = Figure(figsize=(6, 2)).add_subplot()
+    values, halves = np.array([[value, 0.5]]), np.array([[half, 0.1]])
+    mesh = ax.pcolormesh(np.ma.masked_invalid(values), vmin=0, vmax=1)
+    assert annotate(ax, mesh, values, halves)
+    assert ax.texts[0].get_text() == text
+
+
+def test_numbers_that_do_not_fit_are_left_out():
+    for width_in, texts in ((4, ["0.50 ±.10"] * 6), (1.5, ["0.50"] * 6), (0.6, [])):
+        ax = Figure(figsize=(width_in, 3)).add_axes((0, 0, 1, 1))
+        values, half = np.full((2, 3), 0.5), np.full((2, 3), 0.1)
+        mesh = ax.pcolormesh(values, vmin=0, vmax=1)
+        assert annotate(ax, mesh, values, half) == (width_in == 4)
+        assert [text.get_text() for text in ax.texts] == texts
