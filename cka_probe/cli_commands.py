@@ -15,15 +15,18 @@ from cka_probe.cli_output import backend, left_out, output_folder, table, write,
 from cka_probe.collect import Collector
 from cka_probe.decode import one_line
 from cka_probe.estimate import estimate
+from cka_probe.glyphnet import glyphnet
 from cka_probe.glyphs import Glyphs
 from cka_probe.images import open_images
 from cka_probe.layers import default_layers
 from cka_probe.memory import readable
 from cka_probe.models import LoadedModel, load_model, parse_model_args
 from cka_probe.probe import probe
+from cka_probe.reading import shows
 from cka_probe.report import Report
 from cka_probe.views import parse_scales, scale_transforms
 
+DEMO_SIDES = (8, 12, 16, 24, 32, 48, 64)
 KINDS = ("heatmap", "curve", "grid")
 
 
@@ -59,13 +62,36 @@ def run(args: argparse.Namespace) -> None:
             **norm,
             **_options(args, folder),
         )
-        report = _described(report, args, {"model": _about(model)})
+        report = _described(report, {"model": _about(model)})
         write(report, folder, ("heatmap", "curve"))
     left_out(report)
     if not args.quiet:
         table(report)
-        print(report.summary())
+        print(shows(report))
         wrote(folder, ("heatmap", "curve"))
+
+
+def demo(args: argparse.Namespace) -> None:
+    """`cka-probe demo`: the embedded network on the embedded images."""
+    with output_folder(args) as folder:
+        sides = ", ".join(map(str, DEMO_SIDES))
+        print(
+            f"a small residual network, trained on characters of 64 px, and {args.images} new ones "
+            f"at {sides} px",
+            flush=True,
+        )
+        report = probe(
+            glyphnet(),
+            Glyphs("test", n=args.images),
+            DEMO_SIDES,
+            seed=args.seed,
+            out=folder,
+        )
+        about = {"model": {"name": "cka_probe.glyphnet", "weights": "the package's own"}}
+        write(_described(report, about), folder, ("heatmap", "curve"))
+    table(report)
+    print(shows(report))
+    wrote(folder, ("heatmap", "curve"))
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -96,7 +122,7 @@ def compare(args: argparse.Namespace) -> None:
             _announce(args, ghosts, shapes, images, f"{names[0]} and {names[1]}")
         report = probe(None, images, views=views, **_options(args, folder))
         about = {f"model {view!r}": _about(one) for view, one in loaded.items()}
-        report = _described(report, args, about)
+        report = _described(report, about)
         write(report, folder, ("grid",))
     left_out(report)
     if not args.quiet:
@@ -240,5 +266,5 @@ def _about(model: LoadedModel) -> dict[str, Any]:
     return about | ({"sha256": model.sha256} if model.sha256 else {})
 
 
-def _described(report: Report, args: argparse.Namespace, about: dict[str, Any]) -> Report:
+def _described(report: Report, about: dict[str, Any]) -> Report:
     return dataclasses.replace(report, meta={**report.meta, **about})

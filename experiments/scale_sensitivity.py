@@ -28,7 +28,8 @@ NETWORKS = {
         "--data", "images/imagenette224/val", "--scales", SIDES,
     ],
     "squeezenet": [
-        "--model", "squeezenet1_1", "--weights", "weights/squeezenet1_1_onnxzoo.torchvision.safetensors",
+        "--model", "squeezenet1_1",
+        "--weights", "weights/squeezenet1_1_onnxzoo.torchvision.safetensors",
         "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225",
         "--data", "images/imagenette224/val", "--scales", SIDES,
     ],

@@ -95,7 +95,7 @@ def test_matrix_is_labelled_and_has_error_bars():
 
 
 def test_matrix_does_not_fear_sorted_images():
-    """Features sorted by class: contiguous groups would be the classes, and the error bar absurd."""
+    """Sorted by class: contiguous groups would be the classes, and the error bar absurd."""
     g = torch.Generator().manual_seed(0)
     centres = 3 * torch.randn(10, 6, generator=g)
     x = centres.repeat_interleave(30, 0) + torch.randn(300, 6, generator=g)

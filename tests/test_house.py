@@ -24,7 +24,7 @@ LEVELS = {
         "layers": 1, "views": 1, "tiles": 1, "report": 1, "models": 1, "weights": 1, "glyphs": 1,
         "collect": 2, "images": 2, "estimators": 2,
         "features": 3, "provenance": 3, "state": 3,
-        "forwards": 4, "estimate": 4,
+        "forwards": 4, "estimate": 4, "page_curve": 4, "reading": 4,
         "probe": 5, "plot": 5, "page": 5, "glyphnet": 5,
         "cli_output": 6, "cli_commands": 7, "cli": 8, "__main__": 9, "__init__": 9,
     },

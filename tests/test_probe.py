@@ -170,7 +170,7 @@ def test_non_finite_activations_name_layer_view_and_batch(images, bad):
     with torch.no_grad():
         net.block[0].weight[0, 0, 0, 0] = bad
     for estimator in ("minibatch", "exact"):
-        with pytest.raises(ValueError, match="non-finite features: .*'block'.*'8'") as caught:
+        with pytest.raises(ValueError, match=r"non-finite features: .*'block'.*'8'") as caught:
             probe(
                 net, images, [8, 16], layers=LAYERS, batch_size=8, estimator=estimator,
                 progress=False,
@@ -265,10 +265,6 @@ def test_the_seed_decides_order_and_subset(images):
     assert one.meta["n_images"] == 30
     assert np.array_equal(one.cka, same.cka)
     assert not np.array_equal(one.cka, other.cka)
-
-
-class Dies(Exception):
-    """Stands for a kill."""
 
 
 @pytest.mark.parametrize("kernel", ["linear", "rbf"])
