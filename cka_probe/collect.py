@@ -42,9 +42,9 @@ class Collector:
     What does not work: a module that is not called through `__call__` never fires and is named in
     `unreached`, and so is a child whose parent uses its weights alone (out_proj in
     nn.MultiheadAttention). Outputs of recurrent and attention modules with `batch_first=False` are
-    turned to batch first; anything else must put the batch in its first axis, and an output whose
-    first axis is something else and happens to be as long as the batch cannot be told apart
-    (save for (t, n, c) with t = n out of a block with such a module inside, which is skipped).
+    turned to batch first; anything else must put the batch in its first axis. An output whose
+    first axis is something else and happens to be as long as the batch cannot be told apart, save
+    in a network that holds such a module, where (t, n, c) with t = n is skipped.
 
     Args:
         model: the network; DataParallel and torch.compile wrappers are taken off.
@@ -69,6 +69,7 @@ class Collector:
         self.model = unwrap(model)
         self._reduce = get_reducer(reduce)
         self._modules, _ = module_paths(self.model)
+        self._time_first = has_time_first(self.model)
         self._wanted: dict[str, list[Selection]] = {}
         for selection in select_layers(self.model, layers):
             self._wanted.setdefault(selection.path, []).append(selection)
@@ -147,7 +148,6 @@ class Collector:
 
     def _hook(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
         wanted = self._wanted[path]
-        time_first = has_time_first(self._modules[path])
 
         def hook(module: nn.Module, _: Any, output: Any) -> None:
             run = self._run
@@ -160,7 +160,7 @@ class Collector:
             for field, value in parts:
                 if not any(_asks_for(selection, field, call) for selection in wanted):
                     continue
-                tensor, reason = usable(value, run.images, module, field, time_first)
+                tensor, reason = usable(value, run.images, module, field, self._time_first)
                 if tensor is None:
                     self.skipped.setdefault(_label(path, field), reason)
                 else:

@@ -58,7 +58,13 @@ def estimate(
         reduce: as in `probe`.
         estimator: "minibatch" or "exact".
     """
-    macs = entries = features = largest = 0
+    macs = entries = features = 0
+    seen = [0]  # numbers in one image's output, of every module
+
+    def look(module: nn.Module, given: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            seen.append(output.numel() // 2)
+
     try:
         for view, model in models.items():
             ghost = _ghost(model)
@@ -68,17 +74,17 @@ def estimate(
             def sink(tap: Tap, x: Tensor, widths: list[int] = widths) -> None:
                 widths.append(x.shape[1])
 
+            for module in ghost.modules():
+                module.register_forward_hook(look)
             with Collector(ghost, layers, reduce=reduce) as collector, counter:
                 collector.run(torch.empty(2, *shapes[view], device="meta"), sink)
             macs += counter.macs() // 2
             entries += len(widths)
             features += sum(widths)
-            outputs = [torch.Size(shape).numel() for shape in collector.shapes.values()]
-            largest = max([largest, torch.Size(shapes[view]).numel(), *outputs])
     except Exception:  # any network, any failure: an estimate is a courtesy
         return None
     inputs = sum(torch.Size(shape).numel() for shape in shapes.values())
-    held = 4 * batch_size * (inputs + 4 * largest) + 16 * entries * batch_size**2
+    held = 4 * batch_size * (inputs + 4 * max(seen)) + 16 * entries * batch_size**2
     if estimator == "exact":
         held += 8 * n_images * features
     seconds = macs * n_images / _macs_per_second()

@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -110,20 +110,15 @@ def select_layers(model: nn.Module, layers: Layers = None) -> list[Selection]:
     modules, names = module_paths(model)
     if layers is None:
         return [Selection(path) for path in default_layers(model)]
-    wanted: list[Any] = (
-        [layers]
-        if isinstance(layers, str | type | nn.Module) or not isinstance(layers, Iterable)
-        else list(layers)
-    )
+    several = isinstance(layers, Iterable) and not isinstance(layers, str | type | nn.Module)
+    wanted: list[Any] = list(cast("Iterable[Any]", layers)) if several else [layers]
     if not wanted:
         raise ValueError("no layers: []: give names, globs, types, or None for the blocks")
     found = {selection for one in wanted for selection in _select(one, modules, names)}
     whole = {s.path for s in found if s == Selection(s.path)}
     kept = [s for s in found if s.path not in whole or s == Selection(s.path)]
     order = {path: place for place, path in enumerate(modules)}
-    return sorted(
-        kept, key=lambda s: (order[s.path], s.field or "", -1 if s.call is None else s.call)
-    )
+    return sorted(kept, key=lambda s: (order[s.path], str(s.field), str(s.call)))
 
 
 def _select(one: Any, modules: dict[str, nn.Module], names: dict[str, str]) -> list[Selection]:
@@ -214,7 +209,7 @@ def default_layers(model: nn.Module) -> list[str]:
     paths = {id(module): path for path, module in modules.items()}
     found = _blocks(model, paths, heads=False) or _blocks(model, paths, heads=True)
     if not found:
-        found = {p for p, m in modules.items() if p and _is_leaf(m) and _has_parameters(m)}
+        found = {p for p, m in modules.items() if p and _is_leaf(m) and list(m.parameters())}
     stages = {names[name] for name in _feature_names(model) if name in names}
     found |= {path for path in stages if type(modules[path]) is not nn.ModuleList}  # never called
     return [p for p in modules if p in found and not _repeats(modules[p], paths, found)] or [""]
@@ -222,8 +217,8 @@ def default_layers(model: nn.Module) -> list[str]:
 
 def _repeats(module: nn.Module, paths: dict[int, str], found: set[str]) -> bool:
     """Whether a stage puts out what its last block, tapped too, puts out."""
-    while type(module).forward is nn.Sequential.forward and len(module._modules):
-        *_, module = module.children()
+    while type(module).forward is nn.Sequential.forward and (children := [*module.children()]):
+        module = children[-1]
         if paths[id(module)] in found:
             return True
     return False
@@ -276,7 +271,7 @@ def _taps(items: list[_Item]) -> set[str]:
             is_open = False
         elif isinstance(item.module, nn.Identity | nn.modules.dropout._DropoutNd):
             continue
-        elif _is_weighted(item.module) or (not is_open and _has_parameters(item.module)):
+        elif _is_weighted(item.module) or (not is_open and list(item.module.parameters())):
             segments.append([item])
             is_open = True
         elif is_open and (item.ordered or _follows(item.module)):
@@ -302,10 +297,6 @@ def _is_leaf(module: nn.Module) -> bool:
     if is_parametrized(module) or isinstance(module, nn.MultiheadAttention):
         return True
     return not any(_is_weighted(part) for part in module.modules() if part is not module)
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
 
 
 def _is_list(module: nn.Module) -> bool:

@@ -214,8 +214,8 @@ def usable(
         module: what put it out. Recurrent and attention modules with `batch_first=False` say so,
             and their outputs are turned.
         field: where in the output it stands.
-        time_first: whether such a module is inside, as `has_time_first` says; a (t, n, c) with
-            t = n is then refused, for which axis is the batch cannot be seen.
+        time_first: whether such a module is in the network, as `has_time_first` says; another
+            module's (t, n, c) with t = n is then refused: which axis is the batch is not known.
 
     Returns:
         (tensor, ""), detached and perhaps a view, or (None, reason).
@@ -234,7 +234,7 @@ def usable(
         if value.ndim == 3 and (state or (field == "0" and not module.batch_first)):
             value = value.transpose(0, 1)  # (t, n, d) -> (n, t, d)
     elif time_first and value.ndim == 3 and value.shape[0] == value.shape[1] == images:
-        return None, f"axes 0 and 1 are both {images}, and a part of it puts the batch second"
+        return None, f"axes 0 and 1 are both {images} and either may be the batch"
     if value.ndim < 2:
         return None, f"output has {value.ndim} axes, fewer than 2"
     if value.shape[0] != images:

@@ -20,6 +20,7 @@ from cka_probe.cli import main as cka_probe
 
 HERE = Path(__file__).resolve().parent
 SIDES, SMALL_SIDES = "32,64,96,128,160,192,224", "8,12,16,20,24,28,32"
+RESTORED = {SIDES: "32,64,128,224", SMALL_SIDES: SMALL_SIDES}
 NETWORKS = {
     "mobilenetv2": [
         "--model", "timm:mobilenetv2_100", "--model-arg", "pad_type=same",
@@ -76,6 +77,8 @@ def run(name: str, resize: str, reduce: str, data: Path, work: Path) -> Report:
             place = words.index(flag) + 1
             given = words[place]
             words[place] = str(cifar_test(data, work) if given == "CIFAR" else data / given)
+        if resize == "restore":  # every view costs a forward at full size: fewer of them
+            words[words.index("--scales") + 1] = RESTORED[words[words.index("--scales") + 1]]
         words += ["--resize", resize, "--reduce", reduce, "--resume", "--out", str(out)]
         status = cka_probe(["run", *words])
         if status:

@@ -18,6 +18,9 @@ def real_data() -> Path:
     return folder
 
 
+torch.set_num_threads(1)  # two threads on two busy cores wait for each other most of the time
+
+
 @pytest.fixture(params=[1, 2])
 def threads(request):
     """Run a test with 1 and with 2 threads."""

@@ -2,77 +2,23 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from shell import furnish, refused, words
 
 from cka_probe import Report
 from cka_probe.cli import main
 
-NET = '''
-import torch
-from torch import nn
-
-def tiny(width=4, nan=False, slow=0.0):
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 8, 3, stride=2), nn.ReLU(),
-        nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
-    )
-    if slow:
-        import time
-        net.register_forward_hook(lambda *a: time.sleep(slow))
-    return net
-
-def fixed():
-    """Takes 16 px only."""
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 3))
-'''
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with 20 photographs of noise, and a file of networks."""
-    root = tmp_path_factory.mktemp("cli")
-    rng = np.random.default_rng(0)
-    (root / "photos" / "sub").mkdir(parents=True)
-    for i in range(20):
-        pixels = rng.integers(0, 255, (24, 30, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((48, 40)).save(
-            root / "photos" / f"{'sub/' * (i % 2)}{i}.png"
-        )
-    (root / "nets.py").write_text(NET)
-    return root
-
-
-def words(place, out, *more, command="run", scales="8,16", net="tiny"):
-    return [
-        command, "--model", f"{place / 'nets.py'}:{net}", "--data", str(place / "photos"),
-        *(("--scales", scales) if command == "run" else ()), "--batch-size", "5",
-        "--out", str(out), *more,
-    ]  # fmt: skip
-
-
-def refused(capsys, argv, out=None, status=2):
-    """Run, expect one line on stderr and no output; return that line."""
-    assert main(argv) == status
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1, error
-    assert error.startswith("cka-probe: ")
-    assert error.count(": ") >= 2, error
-    assert "Traceback" not in error
-    if out is not None:
-        assert not Path(out).exists() or not list(Path(out).iterdir())
-    return error
+    return furnish(tmp_path_factory.mktemp("cli"))
 
 
 def test_run_writes_its_five_files(place, tmp_path, capsys):
@@ -323,49 +269,3 @@ def test_help_and_version_and_no_command(capsys):
     assert "--scales" in capsys.readouterr().out
     assert main(["--version"]) == 0
     assert "COMMAND" in refused(capsys, [])
-
-
-def start(place, out, *more):
-    """A run of 20 images in 5 batches that takes a few seconds, as a process of its own."""
-    argv = words(place, out, "--model-arg", "slow=0.4", "--batch-size", "4", *more)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(
-            [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-        ),
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", "cka_probe", *argv], env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def test_ctrl_c_saves_and_resume_gives_the_same(place, tmp_path):
-    out = tmp_path / "o"
-    process = start(place, out)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("estimate"):
-            break
-    time.sleep(2.2)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert error.splitlines()[-1].startswith("cka-probe: interrupted")
-    assert [p.name for p in out.iterdir()] == ["state.npz"]
-    assert main(words(place, out, "--model-arg", "slow=0.0", "--batch-size", "4", "--resume")) == 0
-    report = Report.load(out / "report.npz")
-    assert report.meta["resumed_from_batch"] >= 1
-    assert not (out / "state.npz").exists()
-    whole = tmp_path / "w"
-    assert main(words(place, whole, "--quiet", "--batch-size", "4")) == 0
-    assert np.abs(Report.load(whole / "report.npz").cka - report.cka).max() < 1e-9
-
-
-def test_resume_refuses_another_run_by_name(place, tmp_path, capsys):
-    out = tmp_path / "o"
-    assert main(words(place, out, "--quiet", "--resume")) == 0  # nothing there: starts anew
-    assert main(words(place, out, "--quiet", "--resume")) == 0  # finished: nothing to do
-    capsys.readouterr()
-    error = refused(capsys, words(place, out, "--quiet", "--resume", "--reduce", "mean"))
-    assert "reduce" in error

@@ -201,15 +201,18 @@ def test_networks_that_override_train_are_asked_to_go_back():
         def train(self, mode: bool = True):
             if mode != self.training:
                 self.weight.data += -1 if mode else 1
+                self.flips = getattr(self, "flips", 0) + 1
             return super().train(mode)
 
     model = nn.Sequential(Merges(3, 3), nn.Sequential(Merges(3, 3), nn.Dropout())).train()
     model[1].eval()
-    nn.init.ones_(model[0].weight)  # exact when merged; that in eval mode is not touched at all
+    model[1][0].flips = 0
+    nn.init.ones_(model[0].weight)  # so that merging is exact
     before = everything(model)
     with Collector(model, "0") as collector:
         collector.run(torch.ones(4, 3), ignore)
     assert everything(model) == before
+    assert (model[0].flips, model[1][0].flips) == (2, 0)  # what was in eval mode is left alone
 
 
 def test_a_norm_that_refuses_to_train_stays_frozen():

@@ -264,15 +264,16 @@ def test_blocks_of_torchvision(name):
     assert default_layers(on_meta(name)) == EXPECTED[name]
 
 
-TIMM = {
-    "resnet50": ["act1", *RESNET50],
-    "mobilenetv2_100": ["bn1", "blocks.0", "blocks.0.0", "blocks.6.0", "bn2"],
-    "vit_tiny_patch16_224": ["patch_embed", *(f"blocks.{i}" for i in range(12)), "norm"],
-    "convnext_atto": ["stem", "stages.0", "stages.0.blocks.0", "stages.1.downsample"],
-    "swin_tiny_patch4_window7_224": ["patch_embed", "layers.0", "layers.3.blocks.1", "norm"],
-    "regnety_002": ["stem", "s1", "s4.b1", "s4.b7"],
-    "densenet121": ["features.pool0", "features.denseblock1", "features.norm5"],
-    "efficientnet_b0": ["bn1", "blocks.0", "blocks.6.0", "bn2"],
+STAGES_OF_FOUR = "stages.0 stages.1 stages.1.downsample stages.2 stages.3 stages.3.blocks.1"
+TIMM = {  # among the blocks are these, and these are not
+    "resnet50": (spelled("act1 maxpool layer1.{0-2} layer4.2"), ["layer1", "fc", "global_pool"]),
+    "mobilenetv2_100": (spelled("bn1 blocks.0.0 blocks.3.{0-3} bn2"), ["blocks.0", "conv_stem"]),
+    "vit_tiny_patch16_224": (spelled("patch_embed blocks.{0-11} norm"), ["blocks"]),
+    "regnety_002": (spelled("stem s1 s2 s3 s3.b{1-4} s4 s4.b{1-7}"), ["s1.b1"]),
+    "convnext_atto": (spelled(f"stem {STAGES_OF_FOUR}"), ["head"]),
+    "swin_tiny_patch4_window7_224": (spelled("patch_embed layers.0.blocks.{0-1} norm"), ["head"]),
+    "densenet121": (spelled("features.pool0 features.denseblock1 features.norm5"), ["features"]),
+    "efficientnet_b0": (spelled("bn1 blocks.0.0 blocks.6.0 bn2"), ["blocks.0", "classifier"]),
 }
 
 
@@ -281,15 +282,17 @@ def test_blocks_and_stages_of_timm(name):
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
         model = timm.create_model(name)
-    found = default_layers(model)
-    assert set(TIMM[name]) <= set(found)
-    stages = {info["module"] for info in model.feature_info}
-    assert stages <= set(found)
-    assert not [name for name in found if re.match("global_pool|head|fc|classifier", name)]
-
-
-class Cell(nn.LSTM):
-    """An LSTM is a weighted layer that has no children."""
+    found, (among, absent) = default_layers(model), TIMM[name]
+    assert set(among) <= set(found)
+    assert not set(found) & set(absent)
+    modules = dict(model.named_modules())
+    for info in model.feature_info:  # every stage is there, or the last block of it
+        stage = modules[info["module"]]
+        same = {id(stage)}
+        while type(stage) is nn.Sequential:
+            stage = stage[-1]
+            same.add(id(stage))
+        assert same & {id(modules[path]) for path in found}, info
 
 
 class Nothing(nn.Module):
@@ -311,7 +314,7 @@ class Nothing(nn.Module):
          ["fc.1"]),
         (nn.Sequential(nn.LayerNorm(3), nn.ReLU()), ["1"]),
         (nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), ["0"]),
-        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.Dropout(), nn.ReLU(), Cell(4, 5)), ["2", "3"]),
+        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Dropout(), nn.LSTM(4, 5)), ["1", "3"]),
         (nn.Sequential(nn.LazyConv2d(4, 1), nn.ReLU()), ["1"]),
         (nn.Sequential(nn.MultiheadAttention(4, 2)), ["0"]),
     ],
@@ -328,15 +331,11 @@ def test_a_shared_module_is_a_tap_under_its_first_path_only():
 
 
 HUGE = ("16gf", "32gf", "128gf")  # RegNets are built on the CPU
-CLASSIFIERS = [
-    name
-    for name in torchvision.models.list_models(module=torchvision.models)
-    if not name.endswith(HUGE)
-]
+CLASSIFIERS = torchvision.models.list_models(module=torchvision.models)
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("name", [n for n in CLASSIFIERS if not n.endswith(HUGE)])
 def test_every_torchvision_classifier_has_blocks_and_no_head(name):
     try:
         model = on_meta(name)

@@ -288,7 +288,7 @@ def test_attention_output_is_put_batch_first_and_its_weights_are_left():
     assert torch.equal(usable(weights, 4, net, "1", True)[0], weights)
 
 
-def test_square_tokens_out_of_a_time_first_block_are_refused():
+def test_square_tokens_in_a_time_first_network_are_refused():
     x = random((4, 4, 8))
     tensor, reason = usable(x, 4, nn.Identity(), "", True)
     assert tensor is None
