@@ -67,7 +67,6 @@ def _quiet_pil() -> Iterator[None]:
     """PIL warns of huge images, odd EXIF and palettes; under `-W error` that would stop a run."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         yield
 
 

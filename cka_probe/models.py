@@ -27,9 +27,9 @@ from torchvision import models as torchvision_models
 
 from cka_probe.decode import one_line
 
-__all__ = ["LoadedModel", "load_model", "parse_model_args"]
+__all__ = ["IMAGENET", "LoadedModel", "load_model", "parse_model_args"]
 
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _NESTED = ("state_dict", "model", "model_state_dict")
 _WRAPPED = re.compile(r"^((module|_orig_mod)\.)+")  # DataParallel, torch.compile
 _Built = tuple[nn.Module, str, str, Mapping[str, Any], str]  # network, name, tag, cfg, its origin
@@ -109,7 +109,7 @@ def load_model(
     loaded = file.name if file is not None else "none" if kind == "none" else tag
     _check_finite(model, f"{name} with {loaded}")
     sides = tuple(cfg.get("input_size") or cfg.get("crop_size") or ())[-2:]
-    used = {**_IMAGENET, **cfg}
+    used = {**IMAGENET, **cfg}
     return LoadedModel(
         model=model.eval(),
         name=name,

@@ -19,7 +19,7 @@ from cka_probe.images import Source, batches, open_images, plan
 from cka_probe.kernels import Block, get_kernel
 from cka_probe.layers import Layers
 from cka_probe.memory import check_features, parse_memory
-from cka_probe.models import _IMAGENET
+from cka_probe.models import IMAGENET
 from cka_probe.progress import progress_bar
 from cka_probe.provenance import merge_tables, model_sha256, versions
 from cka_probe.reduce import Reducer, reducer_name
@@ -175,7 +175,7 @@ class _Run:
         if mean is None and std is None and self.source.is_pixels:
             cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
             cfg = cfg if isinstance(cfg, Mapping) else {}
-            mean, std = ({**_IMAGENET, **cfg}[key] for key in ("mean", "std"))
+            mean, std = ({**IMAGENET, **cfg}[key] for key in ("mean", "std"))
         return {"mean": mean, "std": std}
 
     def _options(self) -> dict[str, Any]:

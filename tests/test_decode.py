@@ -70,9 +70,19 @@ def test_a_jpeg_of_orientation_6_lies_on_its_side_until_turned(tmp_path):
     assert image[:, 17:].max() < 0.1
 
 
-def test_a_broken_exif_block_does_not_cost_the_image(tmp_path):
-    Image.fromarray(RGB).save(tmp_path / "x.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01")
+@pytest.mark.parametrize("block", [b"MM\0*\0\0\0\x08\xff\xff\x01", b"XX no TIFF header", b""])
+def test_a_broken_exif_block_does_not_cost_the_image(tmp_path, block):
+    Image.fromarray(RGB).save(tmp_path / "x.jpg", exif=b"Exif\0\0" + block)
     assert decode(tmp_path / "x.jpg", "x").shape == (3, 5, 7)
+
+
+def test_an_exif_parser_that_trips_does_not_cost_the_image(tmp_path, monkeypatch):
+    def trip(image):
+        raise SyntaxError("not a TIFF file")
+
+    Image.fromarray(RGB).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image.Image, "getexif", trip)
+    check(decode(tmp_path / "x.png", "x"), RGB)
 
 
 def test_grey_stands_in_all_three_channels(tmp_path):

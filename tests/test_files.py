@@ -30,6 +30,9 @@ def test_replacing_renames_only_what_was_written_whole(tmp_path):
         assert temporary.suffix == ".csv"
         temporary.write_text("new")
         assert path.read_text() == "old"
+        reader = path.open()
+    with reader:  # renamed, not copied over: one who reads meanwhile reads on in the old file
+        assert reader.read() == "old"
     assert path.read_text() == "new"
     assert names(tmp_path) == ["a.csv"]
 

@@ -150,6 +150,16 @@ def test_an_error_in_a_worker_ends_them_all(folder):
     assert multiprocessing.active_children() == []
 
 
+def test_workers_leave_interrupts_to_the_parent(folder):
+    stream = batches(open_images(folder), scale_transforms([3]), batch_size=4, seed=0, workers=1)
+    with contextlib.closing(stream):
+        first = next(stream)
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGINT)
+        rest = list(stream)
+    assert [batch.index for batch in [first, *rest]] == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="process groups")
 def test_ctrl_c_leaves_no_process_and_no_noise(folder):
     program = """

@@ -138,7 +138,7 @@ def test_other_float_types_stay_and_are_resized_in_float32_or_better(dtype):
 def test_names_order_and_reference_of_scales():
     assert list(scale_transforms([64, 32, 128])) == ["64", "32", "128"]
     assert list(scale_transforms(None)) == ["native"]
-    assert scale_transforms([32, 64], resize="restore")["32"] == View(32, 64)
+    assert scale_transforms([64, 32], resize="restore")["32"] == View(32, 64)
     assert scale_transforms([32, 64], reference="32")["32"] == View(32)
     assert scale_transforms(np.array([32, 64]))["64"] == View(64)
 
