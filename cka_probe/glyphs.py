@@ -59,7 +59,7 @@ _NARROW = tuple(f for f in TEST_FACES if f.startswith(("DejaVuSansMono", "cmtt")
 _AVOID = {"I": _BARS, "l": (*_BARS, "STIXGeneral.ttf"), "O": _NARROW}
 
 _MASTER_PX = 128  # side of the pre-rendered pictures
-_CAP_PX = 60  # height of an H in them, in every face
+_CAP_PX = 48  # height of an H in them, in every face: 24 px of 64
 _CHUNK = 256  # images warped at once; a result does not depend on it
 _DRAWS = 12  # uniform numbers an image takes before its noise
 
@@ -114,9 +114,10 @@ def draw(
 ) -> Tensor:
     """Grey pictures of the images with these indices; image k is of class k mod 62.
 
-    Each image is a character moved by at most 4 px of 64, turned by at most 10 degrees, sheared by
-    at most 0.15 and scaled by 0.92 to 1.08 (not more: an enlarged c is a C), dark on light or the
-    reverse, with a contrast of 0.35 to 0.9 that fades across the picture, uneven light and noise.
+    Each image is a character (an H is 24 px of 64 high) moved by at most 5 px, turned by at most
+    10 degrees, sheared by at most 0.15 and scaled by 0.92 to 1.08 (not more: an enlarged c is a C),
+    dark on light or the reverse, with a contrast of 0.35 to 0.9 that fades across the picture,
+    uneven light and noise.
 
     Args:
         indices: which images; they alone, with split and seed, decide what is drawn.
@@ -174,7 +175,7 @@ def _warp(ink: Tensor, u: Tensor, side: int) -> Tensor:
 
     Sampled on a grid at least as fine as the masters, then averaged over squares: antialiased.
     """
-    moved = (2 * u - 1) * torch.tensor([[8 / 64], [8 / 64], [np.pi / 18], [0.15], [0.08]])
+    moved = (2 * u - 1) * torch.tensor([[10 / 64], [10 / 64], [np.pi / 18], [0.15], [0.08]])
     dx, dy, turn, shear, grow = moved.float()
     cos, sin = torch.cos(turn) / (1 + grow), torch.sin(turn) / (1 + grow)
     # From output to input coordinates, both in -1..1: shear after the inverse turn.

@@ -14,6 +14,7 @@ from cka_probe import state
 from cka_probe.collect import Tap
 from cka_probe.estimators import ESTIMATORS, Exact, Minibatch
 from cka_probe.features import warn_degenerate
+from cka_probe.files import plain
 from cka_probe.forwards import Forwards
 from cka_probe.images import Source, batches, open_images, plan
 from cka_probe.kernels import Block, get_kernel
@@ -208,7 +209,7 @@ class _Run:
         if not self.ask["resume"] or self.out is None or not (self.out / REPORT).exists():
             return None
         report = Report.load(self.out / REPORT)
-        for name, value in self.options.items():
+        for name, value in plain(self.options).items():
             if report.meta.get("run", {}).get(name) != value:
                 raise ValueError(
                     f"finished report of another run: {name} differs: run without --resume and "

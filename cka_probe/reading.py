@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from cka_probe.report import Report
 
-__all__ = ["LEVEL", "Cell", "cannot", "facts", "read_cells", "same_layers", "shows"]
+__all__ = ["LEVEL", "Cell", "cannot", "facts", "read_cells", "same_layers", "shortened", "shows"]
 
 LEVEL = 0.95  # of every interval here
 _MARK = 0.9  # the similarity that intervals are held against
@@ -114,12 +114,13 @@ def shows(report: Report) -> str:
         told += _ruled_out(report, valid)
     if any(cell.cka < 0 for cell in valid):
         told.append(
-            "Values below 0 are no similarity at all: the debiased estimate of one that is "
-            "0 falls on both sides of it."
+            "A true CKA is never below 0: the debiased estimate of one near 0 falls on both sides."
         )
     if len(valid) < len(cells):
         lost = len(cells) - len(valid)
-        told.append(f"{lost} of {len(cells)} values are nan: features that do not vary.")
+        told.append(
+            f"{lost} of {len(cells)} values are nan: features that do not vary above rounding."
+        )
     return " ".join(told)
 
 
@@ -171,6 +172,11 @@ def facts(report: Report) -> list[tuple[str, str]]:
     return [(name.replace("_", " "), value) for name, value in lines if value]
 
 
+def shortened(name: str, most: int = 30) -> str:
+    """A name with its middle left out where it is longer than `most` characters."""
+    return name if len(name) <= most else f"{name[: (most - 1) // 2]}…{name[-(most // 2) :]}"
+
+
 def _three(value: float) -> str:
     return f"{round(value, 3) + 0.0:.3f}"  # no -0.000
 
@@ -198,9 +204,11 @@ def _extremes(report: Report, cells: Sequence[Cell]) -> list[str]:
     most, least = (pick(cells, key=lambda cell: cell.cka) for pick in (max, min))
     if len(cells) == 1:
         return [f"There is one pair: {most.one} and {most.other} ({most})."]
-    return [f"Of {len(cells)} pairs of layers, most alike are {most.one} and {most.other} ({most}), "
-            f"least alike {least.one} and {least.other} ({least}); picked as extremes, both are likely "
-            "to be a little exaggerated."]  # fmt: skip
+    return [
+        f"Of {len(cells)} pairs of layers, most alike are {most.one} and {most.other} ({most}), "
+        f"least alike {least.one} and {least.other} ({least}); picked as extremes, both are "
+        "likely to be a little exaggerated."
+    ]
 
 
 def _ruled_out(report: Report, cells: Sequence[Cell]) -> list[str]:
@@ -213,18 +221,23 @@ def _ruled_out(report: Report, cells: Sequence[Cell]) -> list[str]:
         total = sum(cell.view == view for cell in cells)
         names = f"{_list(here)}" if len(here) <= 3 else f"{len(here)} of {total} layers"
         if total:
-            phrase = f"all {total} layers" if len(here) == total > 1 else names or "no layer"
+            every = "both" if total == 2 else f"all {total}"
+            phrase = f"{every} layers" if len(here) == total > 1 else names or "no layer"
             said.setdefault(phrase, []).append(view)
     if len(said) > 8:
         said = {f"{len(below)} of {len(cells)} values": []}
-    parts = [f"{what} in view {_list(where)}" if where else what for what, where in said.items()]
+    parts = [
+        f"{what} in view{'s' * (len(where) > 1)} {_list(where)}" if where else what
+        for what, where in said.items()
+    ]
     above = sum(cell.low > _MARK for cell in cells)
     rest = len(cells) - above - len(below)
     told = [f"A CKA of {_MARK} is ruled out, the whole interval lying below it, for "
             f"{'; for '.join(parts)}."]  # fmt: skip
-    if above or rest:
-        told.append(f"Of the other {above + rest} values, {above} have an interval wholly above "
-                    f"{_MARK} and {rest} are undecided.")  # fmt: skip
+    if above:
+        told.append(f"It lies wholly above {_MARK} for {above} other value{'s' * (above > 1)}.")
+    if rest:
+        told.append(f"For {rest} value{'s' * (rest > 1)} the interval does not decide.")
     return told
 
 
@@ -292,4 +305,4 @@ def _macs(macs: Any) -> str:
     for view, count in macs.items():
         unit = next((u for u in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if count >= u[0]), (1, ""))
         told.append(f"{view}: {count / unit[0]:.3g} {unit[1]}".rstrip())
-    return "\n".join(told)
+    return " · ".join(told)

@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -33,24 +34,32 @@ def test_a_face_draws_62_different_whole_characters(face):
     assert border.max() == 0  # none is cut off
 
 
-def test_faces_agree_with_each_other():
-    """A face with symbols in the places of letters would be unlike all others there."""
-    blurred = torch.stack([glyphs._masters(face) for face in TEST_FACES]).float()
-    blurred = functional.avg_pool2d(blurred, 16).flatten(2)  # (faces, 62, 64)
-    right = torch.zeros(len(TEST_FACES))
-    for k in range(len(TEST_FACES)):
-        others = torch.cat([blurred[:k], blurred[k + 1 :]]).mean(0)
-        right[k] = (torch.cdist(blurred[k], others).argmin(1) == torch.arange(62)).float().mean()
-    assert right.min() > 0.5
-    assert right.mean() > 0.75
+def coarse(face):
+    """The characters of a face without detail, brightness and weight: (62, 256)."""
+    blurred = functional.avg_pool2d(glyphs._masters(face).float()[:, None], 8).flatten(1)
+    return functional.normalize(blurred - blurred.mean(1, keepdim=True))
+
+
+def agreement(face):
+    """Share of a face's characters that are most like the same character of all other faces."""
+    others = sum(coarse(other) for other in TEST_FACES if other != face)
+    found = (coarse(face) @ functional.normalize(others).T).argmax(1)
+    return (found == torch.arange(62)).float().mean().item()
+
+
+def test_faces_agree_and_symbol_fonts_do_not():
+    shares = {face: agreement(face) for face in TEST_FACES}
+    assert min(shares.values()) > 0.45
+    assert np.mean(list(shares.values())) > 0.85
+    assert agreement("cmsy10.ttf") < 0.3  # has all 62 in its character map, and draws symbols
 
 
 def test_capitals_stand_on_one_line_at_one_height():
     for face in TEST_FACES:
         rows = glyphs._masters(face)[CLASSES.index("H")].amax(1).nonzero()
         top, bottom = rows.min().item(), rows.max().item()
-        assert abs(top - 34) <= 2
-        assert abs(bottom - 93) <= 2
+        assert abs(top - 40) <= 2
+        assert abs(bottom - 87) <= 2
 
 
 @pytest.mark.parametrize(("split", "seed"), [("train", 0), ("test", 0), ("train", 3)])
@@ -142,38 +151,51 @@ def test_values():
     assert Glyphs(size_px=20)[0][0].shape == (3, 20, 20)
 
 
-@pytest.mark.parametrize("angle", [0.0, 1.0])
-def test_warping_moves_and_turns_as_said(angle):
-    """Parameters in the middle change nothing; a turn agrees with the matrix of a turn."""
+@pytest.mark.parametrize(("turned", "sheared"), [(0, 0), (1, 0), (0, 1), (1, 1), (-1, 1)])
+def test_warping_moves_and_turns_as_said(turned, sheared):
+    """A blot lands where the matrices of a shear and a turn put it, and keeps its area."""
     ink = torch.zeros(1, 128, 128)
     ink[0, 24:32, 84:92] = 1  # centre (28, 88): 24 right of and 36 above the middle
-    u = torch.full((5, 1), 0.5)
-    u[2] = 0.5 + angle / 2
-    out = glyphs._warp(ink, u, 64)[0]
+    u = torch.tensor([0.5, 0.5, (1 + turned) / 2, (1 + sheared) / 2, 0.5])
+    out = glyphs._warp(ink, u[:, None], 64)[0]
     rows, columns = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(64) + 0.5, indexing="ij")
     x, y = ((out * grid).sum() / out.sum() - 32 for grid in (columns, rows))
-    turn = np.deg2rad(10 * angle)
-    expected = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]) @ [12, -18]
-    np.testing.assert_allclose([x, y], expected, atol=0.1)
-    assert out.sum() == pytest.approx(16, rel=0.05)
+    turn = np.deg2rad(10 * turned)
+    back = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+    shear = np.array([[1, -0.15 * sheared], [0, 1]])
+    np.testing.assert_allclose([x, y], back @ shear @ [12, -18], atol=0.05)
+    assert out.sum() == pytest.approx(16, rel=0.01)
 
 
-def nearest_mean(size_px):
-    """Accuracy of the nearest class mean, polarity and contrast taken out; no training."""
-    means, test = [], []
-    for split, n, into in (("train", 62 * 20, means), ("test", 62 * 5, test)):
-        images = tensor(split, n)[0][:, :1]
-        small = functional.interpolate(images, size=size_px, mode="bilinear", antialias=True)
-        flat = small.flatten(1) - small.flatten(1).median(1, keepdim=True).values
-        into.append(flat.abs() / flat.norm(dim=1, keepdim=True))
-    mean = means[0].view(20, 62, -1).mean(0)
-    found = (test[0] @ functional.normalize(mean, dim=1).T).argmax(1)
-    return (found == torch.arange(62 * 5) % 62).float().mean().item()
+def told(size_px):
+    """Accuracy of the nearest template, each training face, each shift: who knows all."""
+    n = 186
+    images = (tensor("test", n)[0][:, :1] + 1) / 2
+    masters = torch.cat([glyphs._masters(face) for face in TRAIN_FACES]).float()[:, None]
+    masters = functional.avg_pool2d(masters, 2)  # (17 * 62, 1, 64, 64)
+
+    def seen(pictures):
+        flat = functional.avg_pool2d(pictures, 64 // size_px).flatten(1)
+        return functional.normalize(flat - flat.mean(1, keepdim=True))
+
+    best = torch.zeros(n, len(masters))
+    for shift in itertools.product(range(-4, 5, 2), repeat=2):
+        template = seen(torch.roll(masters, shift, (2, 3)))
+        best = torch.maximum(best, (seen(images) @ template.T).abs())
+    return (best.argmax(1) % 62 == torch.arange(n) % 62).float().mean().item()
 
 
-def test_classes_can_be_told_at_64_px_and_hardly_at_8():
-    assert nearest_mean(64) > 0.3  # chance: 0.016
-    assert nearest_mean(8) < 0.75 * nearest_mean(64)
+def test_classes_can_be_told_at_64_px_and_many_not_at_8():
+    assert told(64) > 0.85  # chance: 0.016
+    assert told(8) < 0.8
+
+
+def test_nearest_class_mean_beats_chance():
+    images, labels = tensor("train", 62 * 20)
+    means, test = (part[:, 0].flatten(1) for part in (images, tensor("test", 620)[0]))
+    means, test = ((part - part.mean(1, keepdim=True)).abs() for part in (means, test))
+    means = functional.normalize(means.view(20, 62, -1).mean(0))
+    assert ((test @ means.T).argmax(1) == labels[:620]).float().mean() > 0.15  # chance: 0.016
 
 
 @pytest.mark.parametrize(
