@@ -152,12 +152,12 @@ def facts(report: Report) -> list[tuple[str, str]]:
         *((name, _told(value)) for name, value in meta.items() if name not in _READ),
         ("data", _told(run.get("images"))),
         ("images", str(meta.get("n_images", ""))),
-        ("left out, unreadable", _list(meta.get("left_out"))),
+        ("left out", _list(meta.get("left_out"))),
         ("views", _views(run.get("views"))),
         ("reference view", report.reference),
         ("resize", _resize(meta)),
         ("kernel", kernel),
-        ("features", _told(meta.get("reduce"))),
+        ("feature reduction", _told(meta.get("reduce"))),
         ("estimator", f"{meta.get('estimator', '')}{debiased}" if meta.get("estimator") else ""),
         ("batch size", _told(meta.get("batch_size"))),
         ("intervals", f"{100 * LEVEL:g} %, {method}" if method else "none"),
@@ -234,10 +234,14 @@ def _ruled_out(report: Report, cells: Sequence[Cell]) -> list[str]:
     rest = len(cells) - above - len(below)
     told = [f"A CKA of {_MARK} is ruled out, the whole interval lying below it, for "
             f"{'; for '.join(parts)}."]  # fmt: skip
+    undecided = f"does not decide for {rest} value{'s' * (rest > 1)}"
     if above:
-        told.append(f"It lies wholly above {_MARK} for {above} other value{'s' * (above > 1)}.")
-    if rest:
-        told.append(f"For {rest} value{'s' * (rest > 1)} the interval does not decide.")
+        told.append(
+            f"The interval lies wholly above {_MARK} for {above} other value{'s' * (above > 1)}"
+            + (f" and {undecided}." if rest else ".")
+        )
+    elif rest:
+        told.append(f"The interval {undecided}.")
     return told
 
 
