@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from cka_probe import glyphs
 from cka_probe import plot as plots
 from cka_probe.cli_output import backend, left_out, output_folder, table, write, wrote
 from cka_probe.collect import Collector
 from cka_probe.decode import one_line
 from cka_probe.estimate import estimate
 from cka_probe.glyphnet import glyphnet
-from cka_probe.glyphs import Glyphs
 from cka_probe.images import open_images
 from cka_probe.layers import default_layers
 from cka_probe.memory import readable
@@ -82,7 +82,7 @@ def demo(args: argparse.Namespace) -> None:
         )
         report = probe(
             glyphnet(),
-            Glyphs("test", n=args.images),
+            glyphs.tensor("test", args.images, 0)[0],
             DEMO_SIDES,
             seed=args.seed,
             out=folder,
@@ -185,7 +185,7 @@ def _model(args: argparse.Namespace, spec: str, weights: str) -> LoadedModel:
 def _images(data: str) -> Any:
     """The folder, or the embedded glyphs where there is no folder of that name."""
     if data == "glyphs" and not Path(data).exists():
-        return Glyphs("test", n=2000)
+        return glyphs.tensor("test", 2000, 0)[0]
     return Path(data)
 
 

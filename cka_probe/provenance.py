@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from cka_probe.collect import Collector, Tap
 from cka_probe.reduce import layout
@@ -35,38 +36,45 @@ def versions() -> dict[str, str]:
     return {"cka_probe": own, "torch": torch.__version__, "python": platform.python_version()}
 
 
-class MacCounter:
-    """Multiply-accumulates of the forwards inside, by torch's flop counter (2 flops a MAC).
+class MacCounter(TorchDispatchMode):
+    """Multiply-accumulates of the forwards inside, by torch's flop formulas (2 flops a MAC).
 
-    Convolutions, matrix products and attention count. What the hooks compute is taken off again
-    (`outside`), so that only the network is counted.
+    Convolutions, matrix products and attention count. What the hooks compute goes through
+    `outside` and does not, so that only the network is counted.
     """
 
     def __init__(self, *, active: bool = True) -> None:
-        self._counter = FlopCounterMode(display=False) if active else None
-        self._excess = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._active = active
+        self._flops = 0
+        self._counting = active
 
     def __enter__(self) -> "MacCounter":
-        if self._counter is not None:
-            self._counter.__enter__()  # type: ignore[no-untyped-call]
-        return self
+        return super().__enter__() if self._active else self  # type: ignore[no-untyped-call]
 
     def __exit__(self, *exc: Any) -> None:
-        if self._counter is not None:
-            self._counter.__exit__(*exc)  # type: ignore[no-untyped-call]
+        if self._active:
+            super().__exit__(*exc)  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operator and add what its formula says."""
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket) if self._counting else None
+        if formula is not None:
+            self._flops += formula(*args, **(kwargs or {}), out_val=out)
+        return out
 
     def outside(self, call: Any, *args: Any) -> None:
         """Run `call(*args)` without counting it."""
-        before = self._counter.get_total_flops() if self._counter is not None else 0
-        call(*args)
-        if self._counter is not None:
-            self._excess += self._counter.get_total_flops() - before
+        before, self._counting = self._counting, False
+        try:
+            call(*args)
+        finally:
+            self._counting = before
 
     def macs(self) -> int:
         """MACs so far."""
-        if self._counter is None:
-            return 0
-        return int(self._counter.get_total_flops() - self._excess) // 2
+        return int(self._flops) // 2
 
 
 def layer_table(

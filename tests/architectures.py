@@ -157,6 +157,9 @@ def write_table(rows: list[dict[str, str]]) -> None:
         "|" + "---|" * len(columns),
         *("| " + " | ".join(row[c].replace("|", "\\|") for c in columns) + " |" for row in rows),
     ]
+    missing = [f"`{name}`" for name in names() if name not in {row["network"] for row in rows}]
+    if missing:
+        lines += ["", f"Not examined yet, {len(missing)} networks: {', '.join(missing)}."]
     TABLE.parent.mkdir(exist_ok=True)
     TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -28,6 +28,7 @@ LEVELS = {
         "probe": 5, "plot": 5, "page_curve": 5, "page_cells": 5, "page": 6, "glyphnet": 5,
         "cli_output": 7, "cli_commands": 8, "cli": 9, "__main__": 10, "__init__": 10,
     },
+    "msun": {"trace": 0, "parts": 1, "cut": 2, "__init__": 3, "cli": 4, "__main__": 5},
 }  # fmt: skip
 # report shows itself in a notebook: the one look up, inside the function that a notebook calls
 LOOKS_UP = {("report", "plot")}

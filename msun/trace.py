@@ -1,0 +1,307 @@
+"""A network's forward as torch.fx graphs, in training and in eval mode.
+
+A graph is recorded, never run, except by `observe`, which runs the eval one on an example.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torchvision
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_flatten
+from torchvision.models.feature_extraction import NodePathTracer
+
+from cka_probe.collect import preserved_rng
+from cka_probe.decode import one_line
+
+__all__ = ["Observation", "Trace", "last_inside", "observe", "trace"]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Trace(NamedTuple):
+    """One mode of a network.
+
+    Attributes:
+        graph: what the forward does, in order of execution.
+        outputs: module path -> the value that it put out in its last run.
+        places: value -> the module in whose forward it was computed.
+        constants: tensors that the forward itself makes, under the names that the graph gives.
+    """
+
+    graph: fx.Graph
+    outputs: dict[str, fx.Node]
+    places: dict[fx.Node, str]
+    constants: dict[str, Tensor]
+
+
+class Observation(NamedTuple):
+    """What the eval graph did with an example.
+
+    Attributes:
+        shapes: value -> its shape, (n, ...), where it is a tensor.
+        same: value -> the earlier value that it is, untouched: identity, or dropout in eval mode.
+        overwritten: whether a later in-place operation changed the value that was watched.
+    """
+
+    shapes: dict[fx.Node, tuple[int, ...]]
+    same: dict[fx.Node, fx.Node]
+    overwritten: bool
+
+
+class _Tracer(NodePathTracer):  # type: ignore[misc]
+    """Torchvision's tracer with timm's leaves, which also notes what each module puts out."""
+
+    def __init__(self, opaque: set[str], buffers: bool) -> None:
+        timm = sys.modules.get("timm.layers")  # a timm network brings it
+        super().__init__(
+            autowrap_modules=(math, torchvision.ops),
+            autowrap_functions=tuple(timm.get_notrace_functions()) if timm else (),
+            leaf_modules=list(timm.get_notrace_modules()) if timm else [],
+        )
+        self.proxy_buffer_attributes = buffers
+        self.opaque = opaque
+        self.outputs: dict[str, fx.Node] = {}
+        self.failed = ""
+
+    def is_leaf_module(self, m: nn.Module, module_qualname: str) -> bool:
+        return module_qualname in self.opaque or bool(super().is_leaf_module(m, module_qualname))
+
+    def create_args_for_root(self, root_fn: Any, *_: Any, **__: Any) -> tuple[Any, list[Any]]:
+        """One image tensor; other arguments keep their defaults."""
+        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
+
+    def create_arg(self, a: Any) -> Any:
+        """As fx does, but an OrderedDict stays one."""
+        if type(a) is OrderedDict:
+            return self.create_proxy("call_function", OrderedDict, (list(a.items()),), {}).node
+        return super().create_arg(a)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        path = self.path_of_module(m)
+        try:
+            out = super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or path
+            raise
+        self.outputs.pop(path, None)
+        if isinstance(out, fx.Proxy):
+            self.outputs[path] = out.node
+        return out
+
+    def _get_node_qualname(self, module_qualname: str, node: fx.Node) -> str:
+        return module_qualname  # a unique name for each node is not needed, and is quadratic
+
+
+def trace(model: nn.Module) -> dict[bool, Trace]:
+    """Record both modes of a network.
+
+    A module whose forward fx cannot follow (control flow on data) is kept whole.
+
+    Args:
+        model: the network; afterwards as it was, its training flags included.
+
+    Returns:
+        {True: in training mode, False: in eval mode}.
+
+    Raises:
+        ValueError: a hook on a module that is looked into, which no graph can keep; or a forward
+            that cannot be followed outside all submodules; or lazy modules that never ran.
+    """
+    if any(map(is_lazy, model.parameters())):
+        name = type(model).__name__
+        raise ValueError(f"parameters have no shape yet: {name}: run it on images once")
+    opaque: set[str] = set()
+    buffers = True
+    _refuse_hooks(model, _Tracer(opaque, buffers))
+    while True:
+        traces: dict[bool, Trace] = {}
+        known: dict[str, Tensor] = {}
+        for mode in (True, False):
+            tracer = _Tracer(opaque, buffers)
+            try:
+                with _unchanged(model), _attached(model, known):
+                    model.train(mode)
+                    graph = tracer.trace(model)
+                    constants = {
+                        name: value
+                        for name, value in vars(model).items()
+                        if name.startswith("_tensor_constant") and name not in known
+                    }
+            except Exception as error:
+                if tracer.failed and tracer.failed not in opaque:
+                    opaque.add(tracer.failed)
+                elif buffers:
+                    buffers = False
+                else:
+                    name = type(model).__name__
+                    raise ValueError(
+                        f"torch.fx cannot follow this network: {name}, {one_line(error)}: put the "
+                        "part that looks at data into a module of its own"
+                    ) from error
+                break
+            traces[mode] = Trace(graph, tracer.outputs, tracer.node_to_qualname, constants)
+            known |= constants
+        if len(traces) == 2:
+            return traces
+
+
+def observe(
+    model: nn.Module, traced: Trace, x: Tensor, watch: fx.Node | None = None
+) -> Observation:
+    """Run the eval graph on images, and check it against the network.
+
+    Args:
+        model: the network.
+        traced: its eval mode.
+        x: images (n, c, h, w).
+        watch: the value of which to tell whether it is overwritten.
+
+    Raises:
+        ValueError: the network cannot take x, or the graph computes something else.
+    """
+    with _unchanged(model), _attached(model, traced.constants), torch.no_grad():
+        model.eval()
+        try:
+            with preserved_rng():
+                wanted = model(x.clone())
+        except Exception as error:
+            raise ValueError(
+                f"the network cannot take these images: {tuple(x.shape)}, {one_line(error)}: give "
+                "another example"
+            ) from error
+        run = _Observer(model, traced, watch)
+        with preserved_rng():
+            got = run.run(x.clone())
+    if not _equal(wanted, got):
+        raise ValueError(
+            f"the recorded network computes something else: {type(model).__name__}: its forward "
+            "must not depend on the type of its input or on Python's own state"
+        )
+    changed = watch in run.versions and run.versions[watch] != run.kept[0]._version
+    return Observation(run.shapes, run.same, changed)
+
+
+def last_inside(model: nn.Module, path: str, x: Tensor) -> set[str]:
+    """The modules inside one that is kept whole that put out last what it puts out.
+
+    Args:
+        model: the network.
+        path: the module that is kept whole.
+        x: images (n, c, h, w).
+    """
+    finished: list[tuple[str, Any]] = []
+    found: set[str] = set()
+
+    def note(inner: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            if inner != path:
+                finished.append((inner, out))
+                return
+            outer = ""
+            for name, value in reversed(finished):
+                if value is not out or not name.startswith(outer):
+                    break
+                found.add(name)
+                outer = f"{name}."
+            finished.clear()
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(note(f"{path}.{name}" if name else path))
+        for name, module in model.get_submodule(path).named_modules()
+    ]
+    try:
+        with _unchanged(model), preserved_rng(), torch.no_grad():
+            model.eval()(x.clone())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+class _Observer(fx.Interpreter):
+    def __init__(self, model: nn.Module, traced: Trace, watch: fx.Node | None) -> None:
+        super().__init__(model, graph=traced.graph)
+        self.watch = watch
+        self.kept: list[Tensor] = []
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.same: dict[fx.Node, fx.Node] = {}
+        self.versions: dict[fx.Node | None, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.shapes[n] = tuple(value.shape)
+            self.versions[n] = value._version
+            if n is self.watch:
+                self.kept.append(value)
+            for a in n.all_input_nodes:
+                if self.env[a] is value and self.versions[a] == value._version:
+                    self.same[n] = self.same.get(a, a)
+        return value
+
+
+def _equal(wanted: Any, got: Any) -> bool:
+    (a, kind_a), (b, kind_b) = tree_flatten(wanted), tree_flatten(got)
+    return kind_a == kind_b and all(map(_equal_leaf, a, b))
+
+
+def _equal_leaf(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.is_meta:
+        return type(a) is type(b)
+    tolerance = 0.0 if a.is_cpu else 1e-3  # elsewhere two runs may take different kernels
+    same = a.shape == b.shape and a.dtype == b.dtype
+    return same and torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Every module's attributes are put back on exit: training flags, caches, what fx adds."""
+    before = []
+    for module in model.modules():
+        inner = [(v, v.copy()) for v in vars(module).values() if isinstance(v, dict | list)]
+        before.append((module, vars(module).copy(), inner))
+    try:
+        yield
+    finally:
+        for module, attributes, inner in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for value, content in inner:
+                value.clear()
+                value.update(content) if isinstance(value, dict) else value.extend(content)
+
+
+@contextmanager
+def _attached(model: nn.Module, constants: dict[str, Tensor]) -> Iterator[None]:
+    """The graph's constants stand on the network, where fx looks for them."""
+    vars(model).update(constants)
+    try:
+        yield
+    finally:
+        for name in constants:
+            vars(model).pop(name, None)
+
+
+def _refuse_hooks(model: nn.Module, tracer: _Tracer) -> None:
+    within: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if path.startswith(within):
+            continue
+        if path and tracer.is_leaf_module(module, path):
+            within += (f"{path}.",)
+        elif any(getattr(module, kind, None) for kind in _HOOKS):
+            raise ValueError(
+                f"a cut would lose the hooks of a container: {path or '(model)'!r}, a "
+                f"{type(module).__name__}: remove them, or hook the modules inside it"
+            )
