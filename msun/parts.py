@@ -50,10 +50,9 @@ class Flow:
     def reads(self, node: fx.Node) -> list[fx.Node]:
         """The steps after `node` that read sizes or kinds of values before it."""
         k = self.place[node]
-        read = [n for n in self.wanted(self.nodes[k + 1 :]) if _reading(n)]
-        sources = {n: n.all_input_nodes[0] for n in read}
-        read = [n for n in read if sources[n] is not node and self.place[sources[n]] <= k]
-        return sorted(read, key=self.place.__getitem__)
+        before = {n for n in self.nodes[:k] if self.content[n]}
+        wanted = self.wanted(self.nodes[k + 1 :])
+        return [n for n in self.nodes if n in wanted and _reading(n) and _source(n) in before]
 
     def wanted(self, steps: list[fx.Node]) -> set[fx.Node]:
         """Of these steps, those that compute content or check; and what feeds them without any."""
@@ -113,6 +112,11 @@ def _what(node: fx.Node) -> Any:
     if node.op == "call_method":
         return node.target
     return node.args[1] if node.target is getattr else None
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """The tensor off which a step reads."""
+    return node.all_input_nodes[0]
 
 
 def _reading(node: fx.Node) -> bool:
@@ -230,7 +234,7 @@ def part(
     carried = [n for n in read if _what(n) not in _KIND]
     if batch_first:
         carried = [n for n in carried if not _reads_number(n, wanted)]
-    sources = list(dict.fromkeys(n.all_input_nodes[0] for n in carried))
+    sources = list(dict.fromkeys(_source(n) for n in carried))
 
     head = fx.Graph()
     copy: dict[fx.Node, fx.Node] = {}
@@ -254,9 +258,7 @@ def part(
     copy = {node: tail.call_method("clone", (z,)) if copies else z}
     for n in flow.nodes:
         if n in carried:
-            shape = tail.call_function(
-                operator.getitem, (sizes, sources.index(n.all_input_nodes[0]))
-            )
+            shape = tail.call_function(operator.getitem, (sizes, sources.index(_source(n))))
             copy[n] = _read_shape(tail, n, shape)
         elif n in wanted:
             copy[n] = tail.node_copy(n, (lambda _: z) if n in read else copy.__getitem__)

@@ -57,6 +57,27 @@ class Observation(NamedTuple):
     overwritten: bool
 
 
+class _State(fx.Proxy):
+    """Stands for a parameter or buffer while a forward is recorded."""
+
+    def __init__(self, node: fx.Node, tracer: _Tracer, tensor: Tensor) -> None:
+        super().__init__(node, tracer)
+        self.shape = tensor.shape
+        self.ndim = tensor.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
 class _Tracer(NodePathTracer):  # type: ignore[misc]
     """Torchvision's tracer with timm's leaves, which also notes what each module puts out."""
 
@@ -70,6 +91,7 @@ class _Tracer(NodePathTracer):  # type: ignore[misc]
         self.proxy_buffer_attributes = buffers
         self.opaque = opaque
         self.outputs: dict[str, fx.Node] = {}
+        self.states: dict[Any, Tensor] = {}
         self.failed = ""
 
     def is_leaf_module(self, m: nn.Module, module_qualname: str) -> bool:
@@ -77,7 +99,15 @@ class _Tracer(NodePathTracer):  # type: ignore[misc]
 
     def create_args_for_root(self, root_fn: Any, *_: Any, **__: Any) -> tuple[Any, list[Any]]:
         """One image tensor; other arguments keep their defaults."""
+        self.states = dict([*self.root.named_parameters(), *self.root.named_buffers()])
         return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
+
+    def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Proxy:
+        """As torchvision does, but the sizes of a parameter or buffer are numbers."""
+        proxy: fx.Proxy = super().create_proxy(kind, target, *args, **kwargs)
+        if kind == "get_attr" and target in self.states:
+            return _State(proxy.node, self, self.states[target])
+        return proxy
 
     def create_arg(self, a: Any) -> Any:
         """As fx does, but an OrderedDict stays one."""

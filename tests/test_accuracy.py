@@ -50,8 +50,8 @@ def wide(features):
 
 
 SHAPES = [
-    (4, 1, 5), (4, 20000, 5), (5, 3, 20), (7, 500, 5), (31, 17, 5), (32, 17, 5), (33, 20000, 2),
-    (64, 1, 5), (64, 2000, 20), (200, 300, 50), (500, 10, 5), (1024, 64, 5), (2048, 256, 2),
+    (16, 3, 1), (4, 1, 5), (4, 20000, 5), (5, 3, 20), (7, 500, 5), (31, 17, 5), (32, 17, 5),
+    (33, 20000, 2), (64, 1, 5), (64, 2000, 20), (200, 300, 50), (500, 10, 5), (1024, 64, 5), (2048, 256, 2),
 ]  # fmt: skip
 
 
@@ -70,7 +70,9 @@ def test_exact_rbf_equals_oracle(n, d, m):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("n", "d", "m"), [(4096, 20000, 2), (4096, 64, 50), (4096, 1, 2)])
+@pytest.mark.parametrize(
+    ("n", "d", "m"), [(4096, 20000, 2), (4096, 64, 5), (4096, 1, 2), (1024, 64, 50)]
+)
 def test_exact_equals_oracle_on_large_sets(n, d, m):
     features = draw(n, d, m, mean=1e4)
     assert np.abs(exact(features) - oracle.cka_matrix(wide(features))).max() <= LINEAR

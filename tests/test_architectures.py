@@ -8,6 +8,7 @@ NAMES = [name for name in names() if f"| {name} |" in TEXT]
 
 
 @pytest.mark.sweep
+@pytest.mark.filterwarnings("ignore")  # of the networks, while they are built and traced
 @pytest.mark.parametrize("name", NAMES)
 def test_architecture(name):
     row = examine(name)

@@ -120,6 +120,33 @@ def test_an_output_without_the_image_in_it():
     assert "its output does not depend on the image" in text
 
 
+def test_a_map_of_all_images_together():
+    class Mean(nn.Module):
+        def forward(self, x):
+            return x.mean(0, keepdim=True)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Mean(), nn.Flatten())
+    for n in (1, 2):
+        assert msun.cut_points(model, noise(n)) == ["0"]
+        assert "has the shape (1, 4, 7, 7), not (n, c" in refusal(msun.cut, model, "1", noise(n))
+
+
+def test_the_head_checks_what_the_network_checks():
+    class Even(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x):
+            torch._assert(x.shape[-1] % 2 == 0, "odd width")
+            x = F.dropout(self.conv(x), training=True)  # as Monte Carlo dropout does
+            return self.fc(x.mean((2, 3)))
+
+    head, _ = msun.cut(Even(), "conv", noise(side=8))
+    with pytest.raises(AssertionError, match="odd width"):
+        head(noise(side=9))
+
+
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 def test_hooks_on_containers_are_named_and_do_not_fire(kind):
     model, fired = Residual(), []
