@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import LISTENING
 from shell import furnish, refused, words
 
 from cka_probe import Report
@@ -30,8 +31,8 @@ def start(place, out, *more):
         ),
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "cka_probe", *argv], env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", LISTENING, sys.executable, "-m", "cka_probe", *argv],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
