@@ -16,7 +16,7 @@ from cka_probe.cli_output import explain
 
 PROG = "cka-probe"
 
-MODEL_HELP = "a torchvision name (resnet18), timm:NAME, or path/to/file.py:callable"
+MODEL_HELP = "a torchvision name (resnet18), timm:NAME, path/to/file.py:callable, or glyphnet"
 WEIGHTS_HELP = "DEFAULT (the library's own), none (random, by --seed), or a .safetensors/.pt file"
 
 

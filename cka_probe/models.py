@@ -1,41 +1,37 @@
 """A model by name and its weights -> a network in eval mode, ready to look at images.
 
-Names: "resnet18" (torchvision), "timm:mobilenetv2_100", "net.py:make" (a callable in a file).
-Weights are read without running code that they hold.
+Names: "resnet18" (torchvision), "timm:mobilenetv2_100", "net.py:make" (a callable in a file),
+"glyphnet" (the embedded one).
 """
 
 import ast
 import contextlib
 import difflib
-import hashlib
 import inspect
 import logging
-import re
 import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
 from torchvision import models as torchvision_models
 
 from cka_probe.decode import one_line
+from cka_probe.glyphnet import glyphnet
+from cka_probe.weights import OTHER_MODEL, check_finite, fit, read_weights
 
 __all__ = ["IMAGENET", "LoadedModel", "load_model", "parse_model_args"]
 
+EMBEDDED = "glyphnet"
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-_NESTED = ("state_dict", "model", "model_state_dict")
-_WRAPPED = re.compile(r"^((module|_orig_mod)\.)+")  # DataParallel, torch.compile
 _Built = tuple[nn.Module, str, str, Mapping[str, Any], str]  # network, name, tag, cfg, its origin
 _OTHER_WEIGHTS = "give --weights FILE, or none for random ones"
-_SPECS = "give a torchvision name, timm:NAME or path/to/file.py:callable"
-_OTHER_MODEL = "check --model and --model-arg"
+_SPECS = "give a torchvision name, timm:NAME, glyphnet or path/to/file.py:callable"
 
 
 @dataclass(frozen=True)
@@ -44,11 +40,11 @@ class LoadedModel:
 
     Attributes:
         model: In eval mode, on the CPU.
-        name: "resnet18", "timm:mobilenetv2_100" or "net.py:make"; no folder.
+        name: "resnet18", "timm:mobilenetv2_100", "glyphnet" or "net.py:make"; no folder.
         mean: Channel means that its images are normalised with, for RGB in 0..1.
         std: Channel standard deviations.
         preprocessing: Where mean and std come from: "torchvision weights", "timm cfg",
-            "weights file" (its safetensors metadata) or "ImageNet".
+            "weights file" (its safetensors metadata), "the embedded images" or "ImageNet".
         input_size: Side in pixels of the images it was made for; None where that is unknown.
         weights: "DEFAULT:IMAGENET1K_V1", "DEFAULT:as built", "none" or a file's base name.
         sha256: Of the weights file; None without one.
@@ -77,8 +73,8 @@ def load_model(
     left as it was. A callable in a file that loads weights by itself does so under "none" too.
 
     Args:
-        spec: A torchvision name, "timm:NAME", or "path/to/file.py:callable", which can import from
-            its folder.
+        spec: A torchvision name, "timm:NAME", "glyphnet", or "path/to/file.py:callable", which can
+            import from its folder.
         weights: "DEFAULT" (torchvision's and timm's own; a callable's as it built them), "none"
             (random), or a file: .safetensors, or anything that `torch.load` reads with
             `weights_only`: a state dict, or one under "state_dict", "model", "model_state_dict".
@@ -95,19 +91,21 @@ def load_model(
     """
     kind, args = str(weights), dict(model_args or {})
     with _quiet(), torch.random.fork_rng(devices=[]):
-        file = None if kind in ("DEFAULT", "none") else _read(Path(kind).expanduser())
+        file = None if kind in ("DEFAULT", "none") else read_weights(Path(kind).expanduser())
         torch.default_generator.manual_seed(seed)
         if spec.startswith("timm:"):
             model, name, tag, cfg, origin = _from_timm(spec, kind == "DEFAULT", args)
+        elif spec == EMBEDDED:
+            model, name, tag, cfg, origin = _embedded(kind == "DEFAULT", args)
         elif spec.rpartition(":")[0].endswith(".py"):
             model, name, tag, cfg, origin = _from_file(spec, args)
         else:
             model, name, tag, cfg, origin = _from_torchvision(spec, kind == "DEFAULT", args)
     if file is not None:
-        _fit(model, file, name)
+        fit(model, file, name)
         cfg, origin = ({**cfg, **file.cfg}, "weights file") if file.cfg else (cfg, origin)
     loaded = file.name if file is not None else "none" if kind == "none" else tag
-    _check_finite(model, f"{name} with {loaded}")
+    check_finite(model, f"{name} with {loaded}")
     sides = tuple(cfg.get("input_size") or cfg.get("crop_size") or ())[-2:]
     used = {**IMAGENET, **cfg}
     return LoadedModel(
@@ -190,6 +188,13 @@ def _from_timm(spec: str, default: bool, args: dict[str, Any]) -> _Built:
     return model, spec, f"DEFAULT:{cfg.get('tag') or 'pretrained'}", cfg, "timm cfg"
 
 
+def _embedded(default: bool, args: dict[str, Any]) -> _Built:
+    """The network that this project trained on the glyphs, which are normalised as they come."""
+    model = _build(glyphnet, {"trained": default, **args}, EMBEDDED, default)
+    cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "input_size": (3, 64, 64)}
+    return model, EMBEDDED, "DEFAULT:the package's own", cfg, "the embedded images"
+
+
 def _timm_cfg(model: nn.Module) -> Mapping[str, Any]:
     """The configuration that timm hangs on its networks; empty for others."""
     cfg = getattr(model, "pretrained_cfg", None)
@@ -245,7 +250,7 @@ def _build(make: Callable[..., Any], args: dict[str, Any], name: str, default: b
         if default and not isinstance(error, TypeError):
             text = f"cannot get the default weights: {name!r}: {one_line(error)}; {_OTHER_WEIGHTS}"
         else:
-            text = f"cannot build the model: {name!r}: {one_line(error)}; {_OTHER_MODEL}"
+            text = f"cannot build the model: {name!r}: {one_line(error)}; {OTHER_MODEL}"
         raise ValueError(text) from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"no network: {name!r} gave {type(model).__name__}: return an nn.Module")
@@ -262,89 +267,3 @@ def _unknown(spec: str) -> ValueError:
     near = [f"timm:{spec}"] if f"timm:{spec}" in known else difflib.get_close_matches(spec, known)
     hint = f"did you mean {', '.join(map(repr, near))}?" if near else _SPECS
     return ValueError(f"unknown model: {spec!r}: {hint}")
-
-
-class _Checkpoint(NamedTuple):
-    """Tensors by key, and what else the file tells."""
-
-    name: str
-    sha256: str
-    state: dict[str, Tensor]
-    cfg: dict[str, Any]
-
-
-def _read(path: Path) -> _Checkpoint:
-    """Read a weights file without running what it may hold."""
-    if not path.is_file():
-        raise ValueError(f"no such weights file: {str(path)!r}: give a file, DEFAULT or none")
-    cfg: dict[str, Any] = {}
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as tensors:
-                content: Any = {key: tensors.get_tensor(key) for key in list(tensors.keys())}
-                cfg = _preprocessing(tensors.metadata() or {})
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # SafetensorError, UnpicklingError, EOFError, RuntimeError, ...
-        if objects := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            text = f"{path.name!r} needs {objects[1]}: save model.state_dict() alone"
-            raise ValueError(f"checkpoint holds more than tensors: {text}") from error
-        way = "give a .safetensors file or one saved with torch.save(model.state_dict(), ...)"
-        raise ValueError(f"not a checkpoint: {path.name!r}: {way}") from error
-    sha = hashlib.sha256(path.read_bytes())
-    return _Checkpoint(path.name, sha.hexdigest(), _state_dict(content, path.name), cfg)
-
-
-def _preprocessing(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The mean and std that a safetensors file states, "(0.5, 0.5, 0.5)"; empty without both."""
-    with contextlib.suppress(KeyError, ValueError, SyntaxError, TypeError):
-        return {k: tuple(map(float, ast.literal_eval(metadata[k]))) for k in ("mean", "std")}
-    return {}
-
-
-def _state_dict(content: Any, name: str) -> dict[str, Tensor]:
-    """Find the state dict in what a file held, and take wrappers' prefixes off its keys."""
-    for key in _NESTED:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    state = dict(content) if isinstance(content, Mapping) else {}
-    tensors = {key: x for key, x in state.items() if isinstance(key, str) and isinstance(x, Tensor)}
-    if not tensors:
-        held = ", ".join(repr(key) for key in list(state)[:5]) or type(content).__name__
-        way = f"save a state dict, plain or under one of {', '.join(_NESTED)}"
-        raise ValueError(f"no weights in the checkpoint: {name!r} holds {held}: {way}")
-    if all(_WRAPPED.match(key) for key in tensors):
-        return {_WRAPPED.sub("", key): x for key, x in tensors.items()}
-    return tensors
-
-
-def _fit(model: nn.Module, file: _Checkpoint, name: str) -> None:
-    """Load the file's weights, or say how they do not fit."""
-    own = {key: x for key, x in model.state_dict().items() if isinstance(x, Tensor)}
-    new, counted = file.state, ".num_batches_tracked"  # eval does not count, old files do not
-    missing = [key for key in own if key not in new and not key.endswith(counted)]
-    unexpected = [key for key in new if key not in own]
-    other = [key for key in own if key in new and own[key].shape != new[key].shape]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", other))
-    faults = [f"{len(keys)} keys {what} ({keys[0]!r})" for what, keys in kinds if keys]
-    if other:
-        shapes = f"{tuple(new[other[0]].shape)} for {tuple(own[other[0]].shape)}"
-        faults[-1] = f"{faults[-1][:-1]}, {shapes})"
-    if faults:
-        text = f"{file.name!r} for {name!r} has {', '.join(faults)}: {_OTHER_MODEL}"
-        raise ValueError(f"weights do not fit: {text}")
-    model.load_state_dict(new, strict=False)
-
-
-def _check_finite(model: nn.Module, label: str) -> None:
-    """Refuse NaN and infinity; -inf may stand in a buffer, as in attention masks."""
-    for name, x in [*model.named_parameters(), *model.named_buffers()]:
-        if is_lazy(x) or not x.is_floating_point():
-            continue
-        bad = ~torch.isfinite(x) & ((x != -torch.inf) | isinstance(x, nn.Parameter))
-        if bad.any():
-            count = f"{int(bad.sum())} of {x.numel()} values in {name!r} of {label}"
-            raise ValueError(f"weights are not finite: {count}: give other weights")

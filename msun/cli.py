@@ -1,4 +1,4 @@
-"""The command line: `msun cuts`.
+"""The command line: msun {cuts}; what each command does stands in its own room, cli_*.
 
 Every error is one line on stderr: what is wrong, the value, the way out. Exit status 2 for bad
 input, 130 for Ctrl-C, 1 for anything else.
@@ -10,13 +10,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from cka_probe.cli import MODEL_HELP, _joined, _Parser
+from cka_probe.cli import _joined, _Parser
 from cka_probe.cli_commands import version_line
 from cka_probe.cli_output import explain
-from cka_probe.models import load_model, parse_model_args
-from msun.cut import example_images, find_cuts
+from msun import cli_cuts
 
 PROG = "msun"
+COMMANDS = (cli_cuts,)  # in the order of the work
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,40 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=version_line())
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    cuts = commands.add_parser(
-        "cuts",
-        help="where a network can be cut in two",
-        description="List the modules after which one map carries all that later layers need, in "
-        "order of execution, with that map and the parameters before it.",
-    )
-    cuts.add_argument("--model", required=True, metavar="M", help=MODEL_HELP)
-    cuts.add_argument("--model-arg", metavar="KEY=VALUE", action="append", default=[],
-                      help="passed to the model's constructor")  # fmt: skip
-    cuts.add_argument("--size", type=int, metavar="S",
-                      help="input side in pixels; default: its own, else 224")  # fmt: skip
-    cuts.set_defaults(call=list_cuts)
+    for command in COMMANDS:
+        command.add(commands)
     return parser
-
-
-def list_cuts(args: argparse.Namespace) -> None:
-    """`msun cuts`."""
-    if args.size is not None and args.size <= 0:
-        raise ValueError(f"bad size: {args.size}: a side is at least 1 pixel")
-    loaded = load_model(args.model, "none", model_args=parse_model_args(args.model_arg))
-    images = example_images(loaded.model, args.size or loaded.input_size)
-    found = find_cuts(loaded.model, images)
-    total = sum(parameter.numel() for parameter in loaded.model.parameters())
-    rows = [("cut after", "map per image", "parameters before")]
-    for place in found:
-        share = f"{place.parameters:,} ({place.parameters / max(total, 1):.1%})"
-        rows.append((place.name, " x ".join(map(str, place.shape[1:])), share))
-    widths = [max(len(row[k]) for row in rows) for k in range(3)]
-    for row in rows:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        )
-    count = f"{len(found)} {'cut' if len(found) == 1 else 'cuts'}"
-    print(f"\n{loaded.name} at {images.shape[-1]} px: {count}, {total:,} parameters")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

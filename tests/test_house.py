@@ -21,14 +21,21 @@ LEVELS = {
     "cka_probe": {
         "files": 0, "kernels": 0, "hsic": 0, "reduce": 0, "progress": 0, "memory": 0, "decode": 0,
         "lettering": 0,
-        "layers": 1, "views": 1, "tiles": 1, "report": 1, "models": 1, "weights": 1, "glyphs": 1,
-        "collect": 2, "images": 2, "estimators": 2,
-        "features": 3, "provenance": 3, "state": 3,
+        "layers": 1, "views": 1, "tiles": 1, "report": 1, "weights": 1, "glyphs": 1,
+        "glyphnet": 2, "collect": 2, "images": 2, "estimators": 2,
+        "models": 3, "features": 3, "provenance": 3, "state": 3,
         "forwards": 4, "estimate": 4, "reading": 4,
-        "probe": 5, "plot": 5, "page_curve": 5, "page_cells": 5, "page": 6, "glyphnet": 5,
+        "probe": 5, "plot": 5, "page_curve": 5, "page_cells": 5, "page": 6,
         "cli_output": 7, "cli_commands": 8, "cli": 9, "__main__": 10, "__init__": 10,
     },
-    "msun": {"trace": 0, "parts": 1, "cut": 2, "__init__": 3, "cli": 4, "__main__": 5},
+    "msun": {
+        "trace": 0, "policy": 0, "losses": 0, "data": 0, "costs": 0, "norms": 0,
+        "parts": 1, "crops": 1, "cut": 2, "surgery": 3, "split": 3, "paper": 4, "subnets": 4,
+        "model": 5, "build": 6, "checkpoint": 7, "calibrate": 8, "train_state": 8, "scores": 8,
+        "train": 9, "evaluate": 9, "plot": 9, "plot_split": 9, "demo": 10, "__init__": 11,
+        "cli_options": 12, "cli_cuts": 13, "cli_suggest": 13, "cli_build": 13, "cli_train": 13,
+        "cli_eval": 13, "cli_demo": 13, "cli": 14, "__main__": 15,
+    },
 }  # fmt: skip
 # report shows itself in a notebook: the one look up, inside the function that a notebook calls
 LOOKS_UP = {("report", "plot")}

@@ -68,7 +68,7 @@ def test_timm_brings_its_own_configuration():
         ("resnet19", "'resnet18'"),
         ("mobilenetv2_100", "did you mean 'timm:mobilenetv2_100'?"),
         ("timm:mobilenetv2_10", "'timm:mobilenetv2_100'"),
-        ("qqqqqq", "give a torchvision name, timm:NAME or path/to/file.py:callable"),
+        ("qqqqqq", "give a torchvision name, timm:NAME, glyphnet or path/to/file.py:callable"),
         ("net.py", "path/to/file.py:callable"),
         ("", "path/to/file.py:callable"),
     ],
@@ -219,3 +219,22 @@ def test_model_arguments_are_literals_or_text():
 def test_bad_model_arguments(pairs):
     with pytest.raises(ValueError, match=r"^bad model argument: '.*': write KEY=VALUE"):
         parse_model_args(pairs)
+
+
+def test_the_embedded_network_by_name():
+    from cka_probe.glyphnet import glyphnet
+
+    loaded = load_model("glyphnet")
+    assert (loaded.name, loaded.input_size, loaded.weights) == (
+        "glyphnet", 64, "DEFAULT:the package's own",
+    )  # fmt: skip
+    trained = glyphnet().state_dict()
+    for key, value in loaded.model.state_dict().items():
+        assert torch.equal(value, trained[key])
+    torch.manual_seed(5)
+    expected = glyphnet(trained=False).state_dict()["fc.weight"]
+    random = load_model("glyphnet", "none", seed=5)
+    assert torch.equal(random.model.state_dict()["fc.weight"], expected)
+    image = torch.rand(3, 4, 4)  # 0..1, as decoded; the glyphs lie in -1..1
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (loaded.mean, loaded.std))
+    torch.testing.assert_close((image - mean) / std, image * 2 - 1)

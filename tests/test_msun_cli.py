@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from msun import cli
+from msun import cli, cli_cuts
 
 NET = """
 from torch import nn
@@ -93,7 +93,7 @@ def test_the_unexpected_is_1(capsys, file, monkeypatch):
     def fail(*_):
         raise RuntimeError("first\nsecond")
 
-    monkeypatch.setattr(cli, "find_cuts", fail)
+    monkeypatch.setattr(cli_cuts, "find_cuts", fail)
     words = ["cuts", "--model", f"{file}:net", "--size", "9"]
     assert "unexpected RuntimeError: first second: " in refused(capsys, *words, status=1)
     monkeypatch.setenv("MSUN_DEBUG", "1")
