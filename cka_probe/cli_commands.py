@@ -119,7 +119,9 @@ def compare(args: argparse.Namespace) -> None:
         shapes = dict.fromkeys(views, (3, args.size, args.size))
         if not args.quiet:
             ghosts = {view: one.model for view, one in loaded.items()}
-            _announce(args, ghosts, shapes, images, f"{names[0]} and {names[1]}")
+            _announce(
+                args, ghosts, shapes, images, " and ".join(one.name for one in loaded.values())
+            )
         report = probe(None, images, views=views, **_options(args, folder))
         about = {f"model {view!r}": _about(one) for view, one in loaded.items()}
         report = _described(report, about)

@@ -20,7 +20,7 @@ def progress_bar(total: int, *, desc: str, unit: str, initial: int = 0, show: bo
         initial: units done already (a resumed run).
         show: False for no bar.
     """
-    live = "ipykernel" in sys.modules or bool(getattr(sys.stderr, "isatty", bool)())
+    live = _in_notebook() or bool(getattr(sys.stderr, "isatty", bool)())
     pace: dict[str, Any] = {} if live else {"delay": 10.0, "mininterval": 30.0}
     return tqdm(
         total=total,
@@ -33,3 +33,9 @@ def progress_bar(total: int, *, desc: str, unit: str, initial: int = 0, show: bo
         leave=False,
         **pace,
     )
+
+
+def _in_notebook() -> bool:
+    """Whether this code runs in a notebook's kernel; that ipykernel was imported is no proof."""
+    get = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    return getattr(get() if get else None, "kernel", None) is not None
