@@ -6,58 +6,27 @@ or the features themselves (`Exact`).
 """
 
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cka_probe.estimator_base import BANDWIDTH_IMAGES, EXACT_GROUPS, Result, check_entries, finish
 from cka_probe.hsic import Array, check_n, hsic_pairs, jackknife, normalise, rounding_floor
 from cka_probe.kernels import (
     Block,
     Kernel,
-    centre,
+    batch_block,
     check_finite,
     full_precision,
     get_kernel,
     median_bandwidth,
 )
+from cka_probe.sketch import Sketch
 from cka_probe.tiles import TiledSums, tiled_result
 
 MAX_GROUPS = 32
-EXACT_GROUPS = 20
-BANDWIDTH_IMAGES = 256
-
-
-class Result(NamedTuple):
-    """What an estimator answers, entries in the order of `keys`.
-
-    `cka`, `stderr`: (m, m) float64. `constant`, `vanishing`: (m,) bool, entries whose CKA is nan
-    because the features are constant, or because no similarity is left above rounding.
-    `groups`: jackknife groups behind `stderr`; intervals use Student's t with groups - 1.
-    """
-
-    keys: list[Hashable]
-    cka: Array
-    stderr: Array
-    groups: int
-    constant: np.ndarray[Any, np.dtype[np.bool_]]
-    vanishing: np.ndarray[Any, np.dtype[np.bool_]]
-
-
-class Estimator(Protocol):
-    """What `probe` asks of an estimator."""
-
-    name: str
-
-    def put(self, key: Hashable, x: Tensor) -> None:
-        """Take the features (b, d) of one entry in the open batch."""
-
-    def close_batch(self, index: int) -> None:
-        """End batch `index`; every entry of the first batch must have come again."""
-
-    def result(self) -> Result:
-        """CKA and standard errors of all pairs of entries."""
 
 
 class Minibatch:
@@ -115,17 +84,7 @@ class Minibatch:
         """
         check_n(x.shape[0])
         with full_precision(x.device), torch.no_grad():
-            centred = centre(x)
-            if centred.constant:
-                zeros = torch.zeros(x.shape[0], x.shape[0], dtype=torch.float64)
-                self._open[key] = (zeros.to(x.device if x.device.type != "mps" else "cpu"), 0.0)
-                return
-            eps = torch.finfo(centred.x.dtype).eps
-            if self.kernel.quadratic:
-                block = self.kernel.base(centred.x, centred.x).mul_(centred.scale * centred.scale)
-            else:
-                block = self.kernel.base(centred.x * centred.scale, centred.x * centred.scale)
-            self._open[key] = (block, eps)
+            self._open[key] = batch_block(x, self.kernel)
 
     def close_batch(self, index: int) -> None:
         """Add the open batch to the sums of its group.
@@ -139,12 +98,7 @@ class Minibatch:
             m = len(self.keys)
             self.hsic = np.zeros((self.groups, m, m))
             self.floor, self.varied = np.zeros((self.groups, m)), np.zeros((self.groups, m))
-        if set(blocks) != set(self.keys):
-            odd = sorted(map(str, set(blocks) ^ set(self.keys)))
-            raise ValueError(
-                f"entries differ between batches: {odd[0]!r} in batch {index}: "
-                "probe a layer that fires in every forward"
-            )
+        check_entries(self.keys, blocks, index)
         self._closed += 1
         self._images += len(next(iter(blocks.values()))[0])
         if not self.kernel.needs_bandwidth or self.sigma:
@@ -298,19 +252,8 @@ class Exact:
         return finish(keys, cka, stderr, groups, sums.constant)
 
 
-def finish(
-    keys: list[Hashable],
-    cka: Array,
-    stderr: Array,
-    groups: int,
-    constant: np.ndarray[Any, np.dtype[np.bool_]],
-) -> Result:
-    """A Result: the diagonal has no error, nan cells have no error bar either."""
-    own = np.diagonal(cka)
-    i = np.arange(len(keys))
-    stderr = np.where(np.isnan(cka), np.nan, stderr)
-    stderr[i, i] = np.where(np.isnan(own), np.nan, 0.0)
-    return Result(keys, cka, stderr, groups, constant, np.isnan(own) & ~constant)
-
-
-ESTIMATORS: dict[str, Callable[..., Any]] = {"minibatch": Minibatch, "exact": Exact}
+ESTIMATORS: dict[str, Callable[..., Any]] = {
+    "minibatch": Minibatch,
+    "exact": Exact,
+    "sketch": Sketch,
+}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 SMALL_N = 32  # below this the Gram is taken in float64: it costs nothing and conditioning is worst
 _CHUNK_ROWS = 1024  # fixed, so that a float64 mean does not depend on how features were batched
+_TILE_BYTES = 2**21  # of a batch's columns, centred while they are in the cache
 _SAFE_TRACE = (1e-18, 1e30)  # squared norms that float32 products hold without loss
 
 Block = Callable[[Tensor, Tensor], Tensor]
@@ -25,7 +26,8 @@ class Kernel(NamedTuple):
 
     `base(a, b)` maps centred features (p, d), (q, d) to a (p, q) block in float64;
     `finish(block, sigma)` makes the Gram block of it. `needs_bandwidth` says whether sigma counts;
-    `quadratic` that scaling the features by c scales `base` by c^2.
+    `quadratic` that scaling the features by c scales `base` by c^2; `of_gram`, where there is one,
+    makes the block of one batch with itself, (n, n), of its centred linear Gram, in place.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Kernel(NamedTuple):
     finish: Callable[[Tensor, float], Tensor]
     needs_bandwidth: bool = False
     quadratic: bool = True
+    of_gram: Callable[[Tensor], Tensor] | None = None
 
 
 class Centred(NamedTuple):
@@ -101,6 +104,50 @@ def centre(x: Tensor) -> Centred:
     if low < squares < high and squares > (16 * eps) ** 2 * raw:
         return Centred(out, 1.0, False)
     return centre_full(x)
+
+
+def batch_block(x: Tensor, kernel: Kernel) -> tuple[Tensor, float]:
+    """The kernel's block of one batch with itself, column tile by column tile.
+
+    A tile is centred and multiplied while it is in the cache: centring whole maps first costs as
+    much as their Gram. Tiles are added up in float64.
+
+    Args:
+        x: (n, d) features of any float dtype, on any device.
+        kernel: as `get_kernel` gives it.
+
+    Returns:
+        `kernel.base` of the centred features, (n, n) float64, in their own scale, and the machine
+        epsilon of the products; zeros and 0.0 where the features are constant.
+
+    Raises:
+        NonFiniteFeaturesError: a value is NaN or Inf.
+    """
+    n, d = x.shape
+    dtype = work_dtype(x, n)
+    eps = torch.finfo(dtype).eps
+    if kernel.of_gram is not None:
+        width = max(1, _TILE_BYTES // (n * dtype.itemsize)) if x.device.type == "cpu" else d
+        tiles = list(torch.split(x, width, 1)) if d > width else [x]
+        room = torch.empty_like(tiles[0], dtype=dtype)
+        gram, offset = torch.zeros((), dtype=torch.float64), 0.0
+        for tile in tiles:
+            tile = tile.to(dtype)
+            mean = tile.mean(0)
+            out = torch.sub(tile, mean, out=room) if tile.shape == room.shape else tile - mean
+            gram = gram + _product(out, out)
+            offset += float(torch.dot(mean, mean))
+        squares = float(gram.trace())
+        low, high = _SAFE_TRACE
+        if low < squares < high and squares > (16 * eps) ** 2 * (squares + n * offset):
+            return kernel.of_gram(gram), eps
+    centred = centre_full(x) if kernel.of_gram is not None else centre(x)
+    if centred.constant:
+        home = "cpu" if x.device.type == "mps" else x.device
+        return torch.zeros(n, n, dtype=torch.float64, device=home), 0.0
+    if kernel.quadratic:
+        return kernel.base(centred.x, centred.x).mul_(centred.scale**2), eps
+    return kernel.base(centred.x * centred.scale, centred.x * centred.scale), eps
 
 
 def centre_full(x: Tensor) -> Centred:
@@ -177,13 +224,19 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
     return g.mul_(-2).add_(qa[:, None]).add_(qb[None, :]).clamp_(min=0)
 
 
+def _distances_of_gram(g: Tensor) -> Tensor:
+    """Squared Euclidean distances (n, n) from a Gram matrix, in its place."""
+    own = g.diagonal().clone()
+    return g.mul_(-2).add_(own[:, None]).add_(own[None, :]).clamp_(min=0)
+
+
 def _rbf_finish(block: Tensor, sigma: float) -> Tensor:
     return torch.exp(block * (-0.5 / sigma**2))
 
 
 KERNELS: dict[str, Kernel] = {
-    "linear": Kernel("linear", _product, _linear_finish),
-    "rbf": Kernel("rbf", _squared_distances, _rbf_finish, needs_bandwidth=True),
+    "linear": Kernel("linear", _product, _linear_finish, of_gram=lambda gram: gram),
+    "rbf": Kernel("rbf", _squared_distances, _rbf_finish, True, of_gram=_distances_of_gram),
 }
 
 

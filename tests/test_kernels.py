@@ -4,8 +4,10 @@ import torch
 
 from cka_probe.kernels import (
     KERNELS,
+    SMALL_N,
     Kernel,
     NonFiniteFeaturesError,
+    batch_block,
     centre,
     centre_full,
     get_kernel,
@@ -98,3 +100,46 @@ def test_registry():
         assert get_kernel("mine") is mine
     finally:
         KERNELS.pop("mine")
+
+
+@pytest.mark.parametrize("name", ["linear", "rbf"])
+@pytest.mark.parametrize("shape", [(8, 5), (16, 70_000), (64, 8192 * 2 + 3), (64, 300)])
+@pytest.mark.parametrize(("scale", "mean"), [(1.0, 0.0), (1.0, 1e4), (1e-12, 1e-9), (1e17, 0.0)])
+def test_a_block_made_tile_by_tile(name, shape, scale, mean):
+    """Some of these are one tile, some several, some too small or large for float32 products."""
+    kernel = get_kernel(name)
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * scale + mean
+    block, eps = batch_block(x, kernel)
+    wide = x.double()
+    wide = wide - wide.mean(0)
+    truth = wide @ wide.T
+    if name == "rbf":
+        own = truth.diagonal()
+        truth = own[:, None] + own[None] - 2 * truth
+    else:  # a mean that is off by a constant is removed later: compare what survives centring
+        block, truth = (k - k.mean(0) - k.mean(1, keepdim=True) + k.mean() for k in (block, truth))
+    assert eps == torch.finfo(torch.float64 if shape[0] < SMALL_N else torch.float32).eps
+    assert (block - truth).abs().max() <= 2e-6 * truth.abs().max()
+
+
+@pytest.mark.parametrize("at", [0, 69_999])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_value_in_any_tile_is_found(at, value):
+    x = torch.randn(64, 70_000)
+    x[3, at] = value
+    with pytest.raises(NonFiniteFeaturesError, match="1 of 4480000 values"):
+        batch_block(x, get_kernel("linear"))
+
+
+@pytest.mark.parametrize("x", [torch.zeros(64, 70_000), torch.full((64, 70_000), 0.1)])
+def test_constant_tiles(x):
+    block, eps = batch_block(x, get_kernel("linear"))
+    assert (eps, block.abs().sum()) == (0.0, 0.0)
+
+
+def test_a_callable_of_the_user_gets_features_in_their_own_scale():
+    x = torch.randn(40, 9) * 1e-12
+    mine = get_kernel(lambda a, b: (a @ b.T).abs())
+    wide = x.double() - x.double().mean(0)
+    truth = (wide @ wide.T).abs()
+    assert (batch_block(x, mine)[0] - truth).abs().max() <= 1e-5 * truth.max()
