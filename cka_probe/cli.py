@@ -41,8 +41,13 @@ def _probe_options(parser: argparse.ArgumentParser) -> None:
     add("--reduce", default="flatten", metavar="R",
         help="flatten (default), mean, grid=K or tokens: how a map becomes features")  # fmt: skip
     add("--estimator", default="minibatch", metavar="E", help="minibatch (default; memory does "
-        "not grow with images) or exact (keeps all features)")  # fmt: skip
-    add("--memory", metavar="4GiB", help="budget for the features that exact keeps")
+        "not grow with images), exact (keeps all features, on disk where memory is short), sketch "
+        "(keeps K numbers a layer and image) or auto (what fits --memory)")  # fmt: skip
+    add("--memory", metavar="4GiB", help="budget of exact and auto; default: what is free, or for "
+        "auto half of it")  # fmt: skip
+    add("--sketch", type=int, metavar="K", help="numbers a layer and image (default 512)")
+    add("--precision", type=float, metavar="P", help="wanted standard error of the sketch, "
+        "instead of --sketch, such as 0.03")  # fmt: skip
     add("--images", type=int, metavar="N", help="random subset of N images (default: all)")
     add("--batch-size", type=int, default=64, metavar="B", help="images per batch (default 64)")
     add("--mean", metavar="a,b,c", help="channel means to subtract; default: the weights' own")

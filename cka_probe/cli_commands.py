@@ -12,6 +12,7 @@ from torch import nn
 
 from cka_probe import glyphs
 from cka_probe import plot as plots
+from cka_probe.choose import AUTO
 from cka_probe.cli_output import backend, left_out, output_folder, table, write, wrote
 from cka_probe.collect import Collector
 from cka_probe.decode import one_line
@@ -24,6 +25,7 @@ from cka_probe.models import LoadedModel, load_model, parse_model_args
 from cka_probe.probe import probe
 from cka_probe.reading import shows
 from cka_probe.report import Report
+from cka_probe.sketch import choose_size
 from cka_probe.views import parse_scales, scale_transforms
 
 DEMO_SIDES = (8, 12, 16, 24, 32, 48, 64)
@@ -219,6 +221,8 @@ def _options(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "reduce": args.reduce,
         "estimator": args.estimator,
         "memory": args.memory,
+        "sketch_size": args.sketch,
+        "precision": args.precision,
         "n_images": args.images,
         "batch_size": args.batch_size,
         "seed": args.seed,
@@ -229,7 +233,12 @@ def _options(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "resume": args.resume,
         "out": folder,
         "progress": not args.quiet,
+        "say": None if args.quiet else _say,
     }
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _announce(
@@ -251,14 +260,16 @@ def _announce(
         layers=args.layers,
         reduce=args.reduce,
         estimator=args.estimator,
+        sketch_size=choose_size(args.sketch, args.precision),
     )
     if cost is None:
         print("no estimate: the network cannot be called without data", flush=True)
         return
     minutes = f"{cost.seconds / 60:.0f} min" if cost.seconds > 90 else f"{cost.seconds:.0f} s"
+    memory = "" if args.estimator == AUTO else f", {readable(cost.memory)} of memory"
     print(
         f"estimate: {cost.gmacs:.2f} GMACs an image, {cost.entries} layers x views, about "
-        f"{minutes} on this CPU (within a factor of three), {readable(cost.memory)} of memory",
+        f"{minutes} on this CPU (within a factor of three){memory}",
         flush=True,
     )
 

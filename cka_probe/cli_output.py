@@ -14,7 +14,7 @@ import matplotlib as mpl
 
 from cka_probe import plot as plots
 from cka_probe.page import save_page
-from cka_probe.probe import REPORT
+from cka_probe.probe_run import REPORT
 from cka_probe.report import Report
 from cka_probe.state import STATE
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-__all__ = ["ImageError", "decode", "float_images", "from_item", "from_pil", "image_files"]
-__all__ += ["one_line", "read_item"]
+__all__ = ["ImageError", "decode", "fetch", "float_images", "from_item", "from_pil"]
+__all__ += ["image_files", "one_line", "read_item"]
 
 _EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
@@ -218,7 +218,12 @@ def from_item(item: Any, label: str) -> tuple[Tensor, bool]:
 
 
 def read_item(dataset: Any, index: int, label: str) -> tuple[Tensor, bool]:
-    """Ask a dataset for one image, and tell a file that it cannot read from a fault of its own.
+    """Ask a dataset for one image: what `from_item` makes of what `fetch` brings."""
+    return from_item(fetch(dataset, index, label), label)
+
+
+def fetch(dataset: Any, index: int, label: str) -> Any:
+    """Ask a dataset for one item, and tell a file that it cannot read from a fault of its own.
 
     Args:
         dataset: Anything with integer indices.
@@ -226,16 +231,15 @@ def read_item(dataset: Any, index: int, label: str) -> tuple[Tensor, bool]:
         label: How messages name it.
 
     Returns:
-        What `from_item` makes of it.
+        What the dataset returned.
 
     Raises:
         ImageError: The dataset met a file that is missing or broken.
-        TypeError: As `from_item`.
-        ValueError: As `from_item`, or the dataset raised something else.
+        ValueError: The dataset raised something else.
     """
     try:
         with _quiet_pil():
-            item = dataset[index]
+            return dataset[index]
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise _unreadable(label, error) from error
     except (ImageError, MemoryError):
@@ -244,7 +248,6 @@ def read_item(dataset: Any, index: int, label: str) -> tuple[Tensor, bool]:
         name = type(dataset).__name__
         text = f"dataset {name} failed: item {label!r}, {one_line(error)}: mend its __getitem__"
         raise ValueError(text) from error
-    return from_item(item, label)
 
 
 def float_images(x: Tensor, label: str, shape: str) -> None:

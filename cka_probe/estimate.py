@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cka_probe.collect import Collector, Tap
+from cka_probe.memory import exact_bytes, minibatch_bytes, sketch_bytes
 from cka_probe.provenance import MacCounter
 
 
@@ -28,13 +29,15 @@ class Estimate:
         seconds: forwards at the rate that a short convolution just ran at; within a factor of
             about three, as networks differ in how well they use a machine.
         memory: bytes above the networks themselves: a batch in every view, the largest
-            activations, Grams, and the features where the estimator keeps them.
+            activations, Grams, and what the estimator keeps.
+        widths: features of every entry.
     """
 
     gmacs: float
     entries: int
     seconds: float
     memory: int
+    widths: tuple[int, ...] = ()
 
 
 def estimate(
@@ -46,6 +49,7 @@ def estimate(
     layers: Any = None,
     reduce: Any = "flatten",
     estimator: str = "minibatch",
+    sketch_size: int = 512,
 ) -> Estimate | None:
     """Forecast time and memory of a probe; None where the network cannot be called without data.
 
@@ -56,9 +60,11 @@ def estimate(
         batch_size: images per batch.
         layers: as in `probe`.
         reduce: as in `probe`.
-        estimator: "minibatch" or "exact".
+        estimator: "minibatch", "exact" or "sketch".
+        sketch_size: k, for "sketch".
     """
-    macs = entries = features = 0
+    macs = 0
+    every: list[int] = []
     seen = [0]  # numbers in one image's output, of every module
 
     def look(module: nn.Module, given: Any, output: Any) -> None:
@@ -79,16 +85,22 @@ def estimate(
             with Collector(ghost, layers, reduce=reduce) as collector, counter:
                 collector.run(torch.empty(2, *shapes[view], device="meta"), sink)
             macs += counter.macs() // 2
-            entries += len(widths)
-            features += sum(widths)
+            every += widths
     except Exception:  # any network, any failure: an estimate is a courtesy
         return None
+    if not every:
+        return None
     inputs = sum(torch.Size(shape).numel() for shape in shapes.values())
-    held = 4 * batch_size * (inputs + 4 * max(seen)) + 16 * entries * batch_size**2
+    held = 4 * batch_size * (inputs + 4 * max(seen))
+    sizes = [(width, 4) for width in every]
     if estimator == "exact":
-        held += 8 * n_images * features
+        held += exact_bytes(n_images, sizes)
+    elif estimator == "sketch":
+        held += sketch_bytes(n_images, sizes, sketch_size, batch_size)
+    else:
+        held += minibatch_bytes(len(every), batch_size)
     seconds = macs * n_images / _macs_per_second()
-    return Estimate(macs / 1e9, entries, seconds, held)
+    return Estimate(macs / 1e9, len(every), seconds, held, tuple(every))
 
 
 def _ghost(model: nn.Module) -> nn.Module:

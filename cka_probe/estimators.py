@@ -1,8 +1,8 @@
 """Estimators of CKA between m entries over a stream of batches.
 
 An estimator takes features one entry at a time (`put`), closes each batch (`close_batch`), and
-answers with `result`. What it keeps between batches is float64 sums of fixed shape (`Minibatch`)
-or the features themselves (`Exact`).
+answers with `result`. What it keeps between batches is float64 sums of fixed shape (`Minibatch`),
+the features themselves (`Exact`), or k numbers in their place (`Sketch`).
 """
 
 from collections.abc import Callable, Hashable
@@ -12,19 +12,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cka_probe.estimator_base import BANDWIDTH_IMAGES, EXACT_GROUPS, Result, check_entries, finish
-from cka_probe.hsic import Array, check_n, hsic_pairs, jackknife, normalise, rounding_floor
+from cka_probe.estimator_base import (
+    BANDWIDTH_IMAGES,
+    EXACT_GROUPS,
+    Estimator,
+    Result,
+    check_entries,
+    finish,
+)
+from cka_probe.exact import Exact
+from cka_probe.hsic import check_n, hsic_pairs, jackknife, normalise, rounding_floor
 from cka_probe.kernels import (
     Block,
     Kernel,
     batch_block,
-    check_finite,
     full_precision,
     get_kernel,
     median_bandwidth,
 )
 from cka_probe.sketch import Sketch
-from cka_probe.tiles import TiledSums, tiled_result
+
+__all__ = ["ESTIMATORS", "EXACT_GROUPS", "Estimator", "Exact", "Minibatch", "Result", "Sketch"]
 
 MAX_GROUPS = 32
 
@@ -163,93 +171,6 @@ class Minibatch:
         else:
             stderr = np.full(cka.shape, np.nan)
         return finish(self.keys, cka, stderr, int(used.sum()), self.varied.sum(0) == 0)
-
-
-class Exact:
-    """HSIC over the whole set: features are kept, Grams are taken tile by tile at the end.
-
-    On given features the result does not depend on how they were batched: the mean is a float64
-    mean of the full set and the tiles are fixed. Memory: n x (sum of widths) for the features.
-    The RBF bandwidth is the median over all pairs of the first 256 images (`bandwidth_images`).
-
-    Args:
-        n_batches: ignored; there so that estimators are interchangeable.
-        kernel: a name in KERNELS or a callable on centred features (p, d), (q, d).
-        bandwidth: RBF sigma as a multiple of the median distance.
-        unbiased: HSIC_1 (Song et al. 2012), or the biased HSIC_0 (Gretton et al. 2005).
-        bandwidth_images: images whose pairs fix the bandwidth; None for all.
-        groups: of images, for the jackknife; at most a quarter of the images; 1 for no error bars.
-    """
-
-    name = "exact"
-
-    def __init__(
-        self,
-        n_batches: int = 1,
-        *,
-        kernel: str | Kernel | Block = "linear",
-        bandwidth: float = 1.0,
-        unbiased: bool = True,
-        bandwidth_images: int | None = BANDWIDTH_IMAGES,
-        groups: int = EXACT_GROUPS,
-    ) -> None:
-        del n_batches
-        self.groups = groups
-        self.kernel = get_kernel(kernel)
-        self.bandwidth = bandwidth
-        self.unbiased = unbiased
-        self.bandwidth_images = bandwidth_images
-        self.features: dict[Hashable, list[tuple[int, Tensor]]] = {}
-        self._open: dict[Hashable, Tensor] = {}
-
-    def put(self, key: Hashable, x: Tensor) -> None:
-        """Keep a copy of features (b, d) of `key`, in their dtype, where they are.
-
-        Raises:
-            NonFiniteFeaturesError: NaN or Inf.
-        """
-        check_finite(x)
-        self._open[key] = x.detach().clone()
-
-    def close_batch(self, index: int) -> None:
-        """File the open batch under its index; batches may come in any order."""
-        batch, self._open = self._open, {}
-        if self.features and set(batch) != set(self.features):
-            odd = sorted(map(str, set(batch) ^ set(self.features)))
-            raise ValueError(
-                f"entries differ between batches: {odd[0]!r} in batch {index}: "
-                "probe a layer that fires in every forward"
-            )
-        for key, x in batch.items():
-            self.features.setdefault(key, []).append((index, x))
-
-    def merge(self, other: "Exact") -> None:
-        """Take the features of another estimator over other batches of the same run."""
-        for key, parts in other.features.items():
-            self.features.setdefault(key, []).extend(parts)
-
-    def result(self) -> Result:
-        """CKA, standard errors (delete-a-group jackknife) and what is degenerate.
-
-        The features are let go as they are used: call it once.
-        """
-        keys = list(self.features)
-        stacks = []
-        for key in keys:
-            parts = sorted(self.features.pop(key), key=lambda part: part[0])
-            stacks.append(torch.cat([x for _, x in parts]) if len(parts) > 1 else parts[0][1])
-        n = stacks[0].shape[0]
-        check_n(n)
-        sums = TiledSums(
-            stacks,
-            self.kernel,
-            groups=min(self.groups, n // 4),
-            bandwidth=self.bandwidth,
-            bandwidth_images=self.bandwidth_images,
-            unbiased=self.unbiased,
-        )
-        cka, stderr, groups = tiled_result(sums)
-        return finish(keys, cka, stderr, groups, sums.constant)
 
 
 ESTIMATORS: dict[str, Callable[..., Any]] = {

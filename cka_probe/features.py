@@ -233,9 +233,10 @@ def _exact(
 
 def warn_degenerate(result: Result, names: list[str], *, error_bars: bool = True) -> None:
     """One DegenerateWarning for each kind of entry without a CKA, and one for absent error bars."""
+    level = "rounding" if result.sketch_stderr is None else "the sketch's own error"
     kinds = (
         (result.constant, "constant features"),
-        (result.vanishing, "no similarity above rounding, even to itself"),
+        (result.vanishing, f"no similarity above {level}, even to itself"),
     )
     for which, what in kinds:
         hit = [name for name, bad in zip(names, which, strict=True) if bad]

@@ -101,7 +101,7 @@ class _Items(Source):
                 break
         else:
             raise ValueError(f"no image can be read: {len(self)} in {name}: check the dataset")
-        self._seen = _digest(self._first[i])
+        self._seen = digest(self._first[i])
 
     def _read(self, i: int) -> tuple[Tensor, bool]:
         with seeded(self._seed, self.ids[i]):
@@ -122,11 +122,11 @@ class _Items(Source):
         """Over name, indices and the first image; a tensor's over all, which costs no decoding."""
         text = f"{self.name} {self.ids} {self._seen}"
         if isinstance(self._dataset, Tensor):
-            text += "".join(_digest(self._dataset[k]) for k in self._pick)
+            text += "".join(digest(self._dataset[k]) for k in self._pick)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _digest(image: Tensor) -> str:
+def digest(image: Tensor) -> str:
     """SHA-256 over dtype, shape and content."""
     data = image.contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(f"{image.dtype} {tuple(image.shape)}".encode() + data).hexdigest()
@@ -313,11 +313,11 @@ def batches(
     rows = [shuffled[part] for part in plan(len(source), batch_size)]
     work = _Batches(source, dict(transforms), seed, skip_bad, rows)
     chosen = range(len(rows))[start:stop:step]
-    return _from_workers(work, chosen, workers) if workers else (work.build(k) for k in chosen)
+    return from_workers(work, chosen, workers) if workers else (work.build(k) for k in chosen)
 
 
-def _from_workers(work: _Batches, chosen: range, workers: int) -> Generator[Batch, None, None]:
-    """The same batches, in the same order, from other processes."""
+def from_workers(work: Dataset[Any], chosen: range, workers: int) -> Generator[Any, None, None]:
+    """work[k] for each k chosen, in that order, made in other processes; errors come as values."""
     processes: Any = None
     try:
         with warnings.catch_warnings():  # fork beside threads, more workers than cores: as asked

@@ -15,6 +15,7 @@ from torch import Tensor
 
 SMALL_N = 32  # below this the Gram is taken in float64: it costs nothing and conditioning is worst
 _CHUNK_ROWS = 1024  # fixed, so that a float64 mean does not depend on how features were batched
+_CHUNK_NUMBERS = 2**22  # and wide features take fewer rows at a time, by their width alone
 _TILE_BYTES = 2**21  # of a batch's columns, centred while they are in the cache
 _SAFE_TRACE = (1e-18, 1e30)  # squared norms that float32 products hold without loss
 
@@ -168,15 +169,14 @@ def centre_full(x: Tensor) -> Centred:
     eps = torch.finfo(dtype).eps
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     total = torch.zeros(x.shape[1], dtype=wide, device=x.device)
-    for rows in torch.split(x, _CHUNK_ROWS):
+    chunk = max(1, min(_CHUNK_ROWS, _CHUNK_NUMBERS // max(1, x.shape[1])))
+    for rows in torch.split(x, chunk):
         total += rows.to(wide).sum(0)
     mean = total / n
     if not bool(torch.isfinite(mean).all()):
         raise NonFiniteFeaturesError(_describe(x))
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    for target, rows in zip(
-        torch.split(out, _CHUNK_ROWS), torch.split(x, _CHUNK_ROWS), strict=True
-    ):
+    for target, rows in zip(torch.split(out, chunk), torch.split(x, chunk), strict=True):
         target.copy_(rows.to(wide) - mean)
     largest = float(out.abs().max()) if out.numel() else 0.0
     if not np.isfinite(largest):

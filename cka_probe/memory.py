@@ -1,10 +1,12 @@
-"""How much memory there is, and whether what an estimator keeps fits in it."""
+"""How much memory there is, and how much each estimator takes."""
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+SKETCH_WORK_BYTES = 32 * 2**20
+TILE_BYTES = 128 * 2**20  # float64 numbers of one tile of every entry
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -50,24 +52,71 @@ def readable(amount: float) -> str:
     return f"{amount:.1f} TiB"
 
 
-def check_features(estimator: Any, n: int, budget: int | None) -> None:
-    """After the first batch: refuse where the features of all n images would not fit.
+def exact_bytes(n: int, sizes: Sequence[tuple[int, int]], *, groups: int = 20) -> int:
+    """What `exact` takes with its features in memory.
 
     Args:
-        estimator: an `Exact` that holds one batch.
-        n: images in the run.
-        budget: bytes; None for what is available, plus what is held already.
-
-    Raises:
-        ValueError: they do not fit; the message says how much they take.
+        n: images.
+        sizes: features and bytes of one, entry by entry.
+        groups: of images.
     """
-    need = 0
-    for parts in estimator.features.values():
-        x = parts[0][1]
-        need += n * (x[0].numel() * (x.element_size() + 4))  # as put, and once more centred
-    limit = available_memory() if budget is None else budget
-    if need > limit:
-        raise ValueError(
-            f"exact does not fit in memory: {readable(need)} of features, {readable(limit)} to "
-            "use: use estimator 'minibatch', reduce 'mean', or fewer layers or images"
-        )
+    kept = sum(n * d * max(4, size) for d, size in sizes)
+    # one entry while it is centred, and its chunk in float64
+    once = max(n * d * max(4, size) + 16 * min(n * d, max(d, 2**22)) for d, size in sizes)
+    return kept + once + _sums(n, len(sizes), groups) + 3 * min(TILE_BYTES, 8 * len(sizes) * n * n)
+
+
+def spool_bytes(
+    n: int, sizes: Sequence[tuple[int, int]], memory: int, *, groups: int = 20
+) -> tuple[int, int]:
+    """The least memory of `exact` with its features on disk, and the disk that it takes."""
+    m = len(sizes)
+    disk = sum(n * d * size for d, size in sizes)
+    if 8 * m * n * n > memory // 4:
+        disk += 8 * m * n * n
+    rows = 24 * m * n + 4 * 40 * 64 * n  # a row of every Gram; 64 columns of features
+    return rows + _sums(n, m, groups), disk
+
+
+def spool_columns(n: int, memory: int) -> int:
+    """Columns of a tile of spooled features: reading and centring it takes a quarter of memory."""
+    return max(64, min(16384, memory // (160 * n)))
+
+
+def sketch_bytes(
+    n: int, sizes: Sequence[tuple[int, int]], size: int, batch: int, *, groups: int = 20
+) -> int:
+    """What `sketch` takes: k numbers an image and entry, and the work of projecting and summing."""
+    widths = [min(d, size) for d, _ in sizes]
+    m, widest = len(sizes), max(widths)
+    kept = 4 * n * sum(widths)
+    if over_images(n, sum(widths), m):
+        work = 3 * min(SKETCH_WORK_BYTES, 80 * m * n * n)
+    else:
+        work = 2 * max(SKETCH_WORK_BYTES, groups * widest**2)
+    project = 12 * 8 * batch * max(8192, size)
+    return kept + 4 * n * widest + max(work, project) + _sums(n, m, groups + 16)
+
+
+def over_images(n: int, width: int, m: int) -> bool:
+    """Whether tiles of (n, n) Grams cost less than products of all pairs of sketched features.
+
+    Args:
+        n: images.
+        width: numbers an image, of all entries together.
+        m: entries.
+    """
+    return n * (width + 34 * m * m) < 2 * width * width
+
+
+def minibatch_bytes(m: int, batch: int, *, rbf: bool = False) -> int:
+    """What `minibatch` takes, whatever the number of images: Grams of a batch, sums of 32 groups.
+
+    With the RBF kernel the first 256 images wait for their bandwidth.
+    """
+    waiting = 8 * m * batch * max(batch, 256) if rbf else 0
+    return 8 * (5 * m * batch**2 + 6 * 32 * m**2) + waiting
+
+
+def _sums(n: int, m: int, groups: int) -> int:
+    return 8 * m * groups * (n + 2 * m)

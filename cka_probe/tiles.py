@@ -6,6 +6,7 @@ so error bars cost no second pass.
 """
 
 from itertools import pairwise
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,20 +19,60 @@ from cka_probe.kernels import (
     full_precision,
     median_bandwidth,
 )
+from cka_probe.memory import TILE_BYTES
 
-_TILE_BYTES = 128 * 2**20
+
+class Blocks(Protocol):
+    """Where tiles of m Gram matrices come from, before a kernel's `finish`."""
+
+    n: int
+    m: int
+    constant: np.ndarray[Any, np.dtype[np.bool_]]
+    eps: list[float]
+    home: torch.device
+
+    def base(self, i: int, rows: slice, columns: slice) -> Tensor:
+        """The kernel's `base` (float64) of entry i for these rows and columns."""
+
+
+class FeatureBlocks:
+    """Tiles straight from m features (n, d).
+
+    Args:
+        features: m tensors (n, d); emptied as they are centred, to halve the peak.
+        kernel: how blocks are made.
+    """
+
+    def __init__(self, features: list[Tensor], kernel: Kernel) -> None:
+        self.n, self.m, self.kernel = features[0].shape[0], len(features), kernel
+        self.home = features[0].device if features[0].device.type == "cuda" else torch.device("cpu")
+        self.x: list[Tensor] = []
+        constant = []
+        for i in range(self.m):
+            centred = centre_full(features[i])
+            features[i] = torch.empty(0)
+            # CKA does not depend on the scale, except through a user's own kernel
+            self.x.append(centred.x if kernel.quadratic else centred.x * centred.scale)
+            constant.append(centred.constant)
+        self.constant = np.array(constant)
+        self.eps = [torch.finfo(x.dtype).eps for x in self.x]
+
+    def base(self, i: int, rows: slice, columns: slice) -> Tensor:
+        """The kernel's `base` (float64) of entry i for these rows and columns."""
+        return self.kernel.base(self.x[i][rows], self.x[i][columns])
 
 
 class TiledSums:
     """Sums over tiles of m Gram matrices (n, n).
 
     Args:
-        features: m tensors (n, d); emptied as they are centred, to halve the peak.
-        kernel: how blocks are made.
+        source: where the tiles come from.
+        kernel: how they are finished.
         groups: G, contiguous groups of images for the jackknife.
         bandwidth: RBF sigma as a multiple of the median distance.
         bandwidth_images: images whose pairs fix the bandwidth; None for all.
         unbiased: whether the diagonal is left out.
+        tile_bytes: float64 numbers of one tile of every entry; about three times it is in use.
 
     Attributes:
         a: (G, m, m) sum over i in g, all j, of K_ij L_ij.
@@ -42,31 +83,24 @@ class TiledSums:
 
     def __init__(
         self,
-        features: list[Tensor],
+        source: Blocks,
         kernel: Kernel,
         *,
         groups: int,
         bandwidth: float = 1.0,
         bandwidth_images: int | None = None,
         unbiased: bool = True,
+        tile_bytes: int = TILE_BYTES,
     ) -> None:
-        self.n, self.m, self.groups = features[0].shape[0], len(features), max(groups, 1)
-        self.unbiased = unbiased
-        self.kernel = kernel
-        self.home = features[0].device if features[0].device.type == "cuda" else torch.device("cpu")
+        self.source = source
+        self.n, self.m, self.groups = source.n, source.m, max(groups, 1)
+        self.unbiased, self.tile_bytes = unbiased, tile_bytes
+        self.kernel, self.home = kernel, source.home
         bounds = np.linspace(0, self.n, self.groups + 1).round().astype(int)
         self.bounds = [(int(a), int(b)) for a, b in pairwise(bounds)]
-        self.x: list[Tensor] = []
-        constant = []
-        for i in range(self.m):
-            centred = centre_full(features[i])
-            features[i] = torch.empty(0)
-            # CKA does not depend on the scale, except through a user's own kernel
-            self.x.append(centred.x if kernel.quadratic else centred.x * centred.scale)
-            constant.append(centred.constant)
-        self.constant = np.array(constant)
+        self.constant = source.constant
         self.sigma, self.shift = self._bandwidths(bandwidth, bandwidth_images)
-        self.eps = torch.tensor([torch.finfo(x.dtype).eps for x in self.x], dtype=torch.float64)
+        self.eps = torch.tensor(source.eps, dtype=torch.float64)
         self.a = self._zeros(self.groups, self.m, self.m)
         self.a_own = self._zeros(self.groups, self.m, self.m)
         self.rows = self._zeros(self.m, self.n, self.groups)
@@ -80,23 +114,20 @@ class TiledSums:
     def _bandwidths(self, fraction: float, images: int | None) -> tuple[list[float], list[float]]:
         if not self.kernel.needs_bandwidth:
             return [1.0] * self.m, [0.0] * self.m
-        sigma = []
-        for x, constant in zip(self.x, self.constant, strict=True):
-            first = x[: images or self.n]
-            with torch.no_grad(), full_precision(first.device):
-                d2 = [] if constant else [self.kernel.base(first, first)]
+        sigma, first = [], slice(0, min(images or self.n, self.n))
+        for i, constant in enumerate(self.constant):
+            with torch.no_grad(), full_precision(self.home):
+                d2 = [] if constant else [self.source.base(i, first, first)]
             sigma.append(median_bandwidth(d2, fraction) if d2 else 0.0)
         # the kernel at the median distance: taking it off all entries changes no HSIC, keeps digits
         return sigma, [float(np.exp(-0.5 / fraction**2))] * self.m
 
     def _block(self, i: int, rows: slice, columns: slice) -> Tensor:
         """Gram block of entry i (float64), shifted; zero where the entry is degenerate."""
-        x = self.x[i]
         if self.constant[i] or self.sigma[i] == 0.0:
             shape = (rows.stop - rows.start, columns.stop - columns.start)
             return torch.zeros(shape, dtype=torch.float64, device=self.home)
-        base = self.kernel.base(x[rows], x[columns])
-        block = self.kernel.finish(base, self.sigma[i])
+        block = self.kernel.finish(self.source.base(i, rows, columns), self.sigma[i])
         count = max(0, min(rows.stop, columns.stop) - max(rows.start, columns.start))
         if count:
             offset = rows.start - columns.start
@@ -111,7 +142,7 @@ class TiledSums:
     def _run(self) -> None:
         for g, (start, stop) in enumerate(self.bounds):
             width = self.n - start
-            step = max(1, min(stop - start, _TILE_BYTES // (8 * self.m * width)))
+            step = max(1, min(stop - start, self.tile_bytes // (8 * self.m * width)))
             for top in range(start, stop, step):
                 rows = slice(top, min(top + step, stop))
                 self._add(g, rows, slice(start, self.n))

@@ -19,7 +19,7 @@ from torchvision.transforms.v2.functional import center_crop
 from cka_probe.decode import one_line
 
 __all__ = ["NATIVE", "Transform", "View", "check_scales", "look", "parse_scales"]
-__all__ += ["scale_transforms", "seeded", "stack", "view_transforms"]
+__all__ += ["resize", "scale_transforms", "seeded", "stack", "view_transforms"]
 
 Transform = Callable[[Tensor], Tensor]
 NATIVE = "native"
@@ -70,7 +70,7 @@ class View:
         """
         for side_px in (self.side_px, self.restore_px):
             if side_px is not None:
-                image = _resize(_centre_square(image), side_px, self.antialias)
+                image = resize(_centre_square(image), side_px, self.antialias)
         if self.mean is None or self.std is None:
             return image
         if len(self.mean) not in (1, image.shape[0]):
@@ -102,19 +102,26 @@ def _centre_square(image: Tensor) -> Tensor:
     return cropped
 
 
-def _resize(image: Tensor, side_px: int, antialias: bool) -> Tensor:
-    """(c, h, w) -> (c, side, side), bilinear; the identity where the size is there already.
+def resize(images: Tensor, size_px: int | Sequence[int], antialias: bool = True) -> Tensor:
+    """Resize, bilinear; the identity where the size is there already.
 
     float16 and bfloat16 images are resized in float32 and rounded once.
+
+    Args:
+        images: (c, h, w) or (n, c, h, w), float.
+        size_px: The new side, or (h, w).
+        antialias: Widen the filter when shrinking.
+
+    Returns:
+        (..., c, h', w') of the same dtype.
     """
-    if tuple(image.shape[-2:]) == (side_px, side_px):
-        return image
-    wide = image if image.dtype in (torch.float32, torch.float64) else image.float()
-    size = (side_px, side_px)
-    out = F.interpolate(
-        wide[None], size, mode="bilinear", align_corners=False, antialias=antialias
-    )  # (1, c, side, side)
-    return out[0].to(image.dtype)
+    size = [size_px, size_px] if isinstance(size_px, int) else list(size_px)
+    if list(images.shape[-2:]) == size:
+        return images
+    wide = images if images.dtype in (torch.float32, torch.float64) else images.float()
+    four = wide if wide.ndim == 4 else wide[None]  # (n, c, h, w)
+    out = F.interpolate(four, size, mode="bilinear", align_corners=False, antialias=antialias)
+    return (out if wide.ndim == 4 else out[0]).to(images.dtype)
 
 
 @contextlib.contextmanager

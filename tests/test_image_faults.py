@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import LISTENING
 from pictures import Items, every, level, level_of, write
 from PIL import Image
 from torchvision.transforms import v2
@@ -181,7 +182,10 @@ def test_ctrl_c_leaves_no_process_and_no_noise(folder):
             print("interrupted", flush=True)
     """
     process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(program), str(folder)],
+        [
+            *(sys.executable, "-c", LISTENING),
+            *(sys.executable, "-W", "error", "-c", textwrap.dedent(program), str(folder)),
+        ],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip

@@ -1,0 +1,335 @@
+"""One run of `probe`: what was asked is made ready, the loop runs once, a Report comes out."""
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from cka_probe import state
+from cka_probe.choose import AUTO, Choice, choose, spool_forecast, usable
+from cka_probe.collect import Tap
+from cka_probe.decode import ImageError
+from cka_probe.estimate import Estimate, estimate
+from cka_probe.estimators import ESTIMATORS, Minibatch, Result
+from cka_probe.features import warn_degenerate
+from cka_probe.files import plain
+from cka_probe.forwards import Forwards
+from cka_probe.images import Source, batches, open_images, plan
+from cka_probe.kernels import get_kernel
+from cka_probe.memory import available_memory, parse_memory
+from cka_probe.models import IMAGENET
+from cka_probe.progress import progress_bar
+from cka_probe.project import BLOCKS
+from cka_probe.provenance import merge_tables, model_sha256, versions
+from cka_probe.reduce import reducer_name
+from cka_probe.report import Report
+from cka_probe.sketch import check_linear, choose_size
+from cka_probe.state import STATE, load_state, save_state
+from cka_probe.views import NATIVE, Transform, look, scale_transforms, view_transforms
+
+REPORT = "report.npz"
+
+
+class Run:
+    """One call of `probe`: what was asked, made ready, then executed once."""
+
+    def __init__(self, model: nn.Module | None, images: Any, scales: Any, **ask: Any) -> None:
+        self.ask = ask
+        self.kernel = get_kernel(ask["kernel"])
+        self.bandwidth = 1.0 if ask["bandwidth"] is None else float(ask["bandwidth"])
+        if not self.bandwidth > 0:
+            raise ValueError(f"bad bandwidth: {self.bandwidth}: give a fraction above 0, usually 1")
+        if ask["estimator"] not in (*ESTIMATORS, AUTO):
+            known = ", ".join((*ESTIMATORS, AUTO))
+            raise ValueError(f"unknown estimator: {ask['estimator']!r}: known ones are {known}")
+        self.memory = parse_memory(ask["memory"])
+        sketched = ask["sketch_size"] is not None or ask["precision"] is not None
+        size = choose_size(ask["sketch_size"], ask["precision"])
+        if sketched and ask["estimator"] not in ("sketch", AUTO):
+            raise ValueError(
+                f"a sketch size for another estimator: {ask['estimator']!r}: use 'sketch' or 'auto'"
+            )
+        if ask["estimator"] == "sketch":
+            check_linear(self.kernel)
+        self.out = Path(ask["out"]) if ask["out"] is not None else None
+        if ask["resume"] and self.out is None:
+            raise ValueError("resume without a folder: out=None: give out=, where the state lies")
+        self.source: Source = open_images(images, n_images=ask["n_images"], seed=ask["seed"])
+        self.plan = plan(len(self.source), ask["batch_size"])
+        self.models, self.transforms, self.reference = self._views(model, scales)
+        self.choice = Choice(ask["estimator"], "", self.memory or available_memory(), size)
+        if ask["estimator"] == AUTO:
+            self.choice = self._auto()
+        self.options = self._options()
+
+    def _views(
+        self, model: nn.Module | None, scales: Any
+    ) -> tuple[dict[str, nn.Module], dict[str, Transform], str]:
+        ask = self.ask
+        if ask["views"] is None:
+            if model is None:
+                raise ValueError("no network: model=None: give one, or views={name: (model, ...)}")
+            if scales is not None and str(ask["reference"]).isdecimal():
+                scales = [*scales, *({int(ask["reference"])} - set(scales))]
+            transforms = scale_transforms(
+                scales,
+                reference=ask["reference"],
+                resize=ask["resize"],
+                antialias=ask["antialias"],
+                **self._norm(model),
+            )
+            reference = NATIVE if scales is None else str(ask["reference"] or max(scales))
+            return dict.fromkeys(transforms, model), transforms, reference
+        if scales is not None:
+            raise ValueError("scales and views: both given: a view brings its own transform")
+        models = {name: given or model for name, (given, _) in ask["views"].items()}
+        absent = [name for name, given in models.items() if given is None]
+        if absent or not models:
+            raise ValueError(f"no network: view {(absent or [''])[0]!r}: give one, or model=")
+        transforms = {}
+        for name, (_, transform) in ask["views"].items():
+            transforms |= view_transforms({name: transform}, **self._norm(models[name]))
+        reference = str(ask["reference"] or next(iter(models)))
+        if reference not in models:
+            known = ", ".join(models)
+            raise ValueError(f"unknown reference view: {reference!r}: known views are {known}")
+        return {name: m for name, m in models.items() if m is not None}, transforms, reference
+
+    def _auto(self) -> Choice:
+        """The estimator that fits the budget; that of the run which is being resumed."""
+        ask = self.ask
+        if ask["resume"] and self.out is not None:
+            if (self.out / REPORT).exists():
+                done = Report.load(self.out / REPORT).meta
+                size = done.get("sketch", {}).get("size")
+                name = str(done.get("estimator", "minibatch"))
+                return Choice(name, "as the finished run", self.memory or 0, size)
+            if (self.out / STATE).exists():
+                return Choice("minibatch", "as the saved state", self.memory or 0)
+        cost = self.forecast()
+        return choose(
+            cost.widths if cost else None, n=len(self.source), batch=ask["batch_size"],
+            kernel=self.kernel, memory=self.memory, size=ask["sketch_size"],
+            precision=ask["precision"],
+        )  # fmt: skip
+
+    def forecast(self) -> Estimate | None:
+        """Sizes and costs, from the shapes of the first image that can be read."""
+        for i in range(len(self.source)):
+            try:
+                image = self.source.load(i)
+            except ImageError:
+                continue
+            label, seed = self.source.ids[i], self.ask["seed"]
+            shapes = {
+                view: tuple(look(transform, image, seed, label, view).shape)
+                for view, transform in self.transforms.items()
+            }
+            return estimate(
+                self.models, shapes, n_images=len(self.source), batch_size=self.ask["batch_size"],
+                layers=self.ask["layers"], reduce=self.ask["reduce"],
+            )  # fmt: skip
+        return None
+
+    def _announce(self, say: Callable[[str], None] | None) -> None:
+        """Before the start: what `auto` took and why, what `exact` will put on disk."""
+        if say is None:
+            return
+        if self.ask["estimator"] == AUTO:
+            say(f"auto: {self.choice.estimator}, as {self.choice.why}")
+        elif self.choice.estimator == "exact":
+            cost = self.forecast()
+            text = cost and spool_forecast(
+                cost.widths, len(self.source), self.choice.memory, self.out
+            )
+            if text:
+                say(text)
+
+    def _estimator(self) -> Any:
+        """A fresh estimator for this run."""
+        name, more = self.choice.estimator, dict[str, Any]()
+        if name == "exact":
+            more = {"n_images": len(self.source), "folder": self.out}
+            more["memory"] = usable(self.choice.memory)
+        elif name == "sketch":
+            precision = self.ask["precision"]
+            more = {"n_images": len(self.source), "seed": self.ask["seed"], "precision": precision}
+            more["size"] = self.choice.size if precision is None else None
+        return ESTIMATORS[name](
+            len(self.plan), kernel=self.kernel, bandwidth=self.bandwidth, **more
+        )
+
+    def _norm(self, model: nn.Module | None) -> dict[str, Any]:
+        """Mean and std: what was given; for pixels else timm's own, else ImageNet's."""
+        mean, std = self.ask["mean"], self.ask["std"]
+        if mean is None and std is None and self.source.is_pixels:
+            cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+            cfg = cfg if isinstance(cfg, Mapping) else {}
+            mean, std = ({**IMAGENET, **cfg}[key] for key in ("mean", "std"))
+        return {"mean": mean, "std": std}
+
+    def _options(self) -> dict[str, Any]:
+        """What could change a number, as JSON: the run's fingerprint."""
+        ask = self.ask
+        shas = {id(m): model_sha256(m) for m in self.models.values()}
+        return {
+            "views": {
+                name: {"model": shas[id(m)], "transform": repr_of(self.transforms[name])}
+                for name, m in self.models.items()
+            },
+            "reference": self.reference,
+            "images": {"name": self.source.name, "sha256": self.source.fingerprint()},
+            "n_images": len(self.source),
+            "layers": repr_of(ask["layers"]),
+            "resize": ask["resize"],
+            "antialias": ask["antialias"],
+            "kernel": self.kernel.name,
+            "bandwidth": self.bandwidth,
+            "reduce": reducer_name(ask["reduce"]),
+            "estimator": self.choice.estimator,
+            **({"sketch_size": self.choice.size} if self.choice.estimator == "sketch" else {}),
+            "batch_size": ask["batch_size"],
+            "seed": ask["seed"],
+            "amp": bool(ask["amp"]),
+            "skip_bad": bool(ask["skip_bad"]),
+        }
+
+    def finished(self) -> Report | None:
+        """The report of the same run, where it is being resumed after its end."""
+        if not self.ask["resume"] or self.out is None or not (self.out / REPORT).exists():
+            return None
+        report = Report.load(self.out / REPORT)
+        for name, value in plain(self.options).items():
+            if report.meta.get("run", {}).get(name) != value:
+                raise ValueError(
+                    f"finished report of another run: {name} differs: run without --resume and "
+                    "with --overwrite, or as before"
+                )
+        return report
+
+    def execute(self, *, progress: bool, say: Callable[[str], None] | None = None) -> Report:
+        """Make every forward, then the report."""
+        ask = self.ask
+        self._announce(say)
+        estimator = self._estimator()
+        start, bad = 0, list[str]()
+        if self.out is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if ask["resume"] and isinstance(estimator, Minibatch):
+                start, bad = load_state(self.out, estimator, self.options) or (0, [])
+        began = time.perf_counter()
+        with ExitStack() as stack:
+            work = Forwards(
+                self.models, estimator, stack, layers=ask["layers"], reduce=ask["reduce"],
+                device=ask["device"], amp=ask["amp"],
+            )  # fmt: skip
+            bar = stack.enter_context(
+                progress_bar(
+                    len(self.source), desc="probe", unit="image",
+                    initial=self._images_before(start), show=progress,
+                )
+            )  # fmt: skip
+            stream = stack.enter_context(
+                closing(
+                    batches(
+                        self.source, self.transforms, batch_size=ask["batch_size"],
+                        seed=ask["seed"], workers=ask["workers"], skip_bad=ask["skip_bad"],
+                        start=start,
+                    )
+                )
+            )  # fmt: skip
+            saved = time.perf_counter()
+            following = start
+            try:
+                for batch in stream:
+                    bad += [*batch.bad, *batch.left_out]
+                    if batch.views:
+                        work.take(batch, bar)
+                    following = batch.index + 1
+                    if time.perf_counter() - saved > state.SAVE_EVERY_S:
+                        self._save(estimator, following, bad)
+                        saved = time.perf_counter()
+                bar.leave = True
+            except KeyboardInterrupt:
+                self._save(estimator, following, bad)
+                raise
+        if not work.tables:
+            raise ValueError(f"no readable images: {len(bad)} left out: check the files")
+        result = estimator.result()
+        keys: list[tuple[str, Tap]] = result.keys
+        labels = [work.collectors[view].labels[tap] for view, tap in keys]
+        names = [
+            f"layer {label!r} in view {view!r}"
+            for (view, _), label in zip(keys, labels, strict=True)
+        ]
+        warn_degenerate(result, names)
+        meta = {
+            **{
+                k: self.options[k] for k in ("reference", "kernel", "bandwidth", "reduce", "resize")
+            },
+            **{k: self.options[k] for k in ("estimator", "batch_size", "seed", "antialias")},
+            "n_images": len(self.source) - len(bad),
+            "groups": result.groups,
+            "unbiased": True,
+            "run": self.options,
+            "left_out": bad,
+            "unreached": sorted({p for c in work.collectors.values() for p in c.unreached}),
+            "skipped": {p: why for c in work.collectors.values() for p, why in c.skipped.items()},
+            "layers": merge_tables(work.tables.values()),
+            "view_macs": work.macs,
+            "versions": versions(),
+            "seconds": round(time.perf_counter() - began, 3),
+        }
+        meta |= self._about(result)
+        if start:
+            meta["resumed_from_batch"] = start
+        report = Report(
+            cka=result.cka,
+            stderr=result.stderr,
+            view=np.array([view for view, _ in keys]),
+            layer=np.array(labels),
+            meta=meta,
+        )
+        if self.out is not None:
+            report.save(self.out / REPORT)
+            (self.out / STATE).unlink(missing_ok=True)
+        return report
+
+    def _about(self, result: Result) -> dict[str, Any]:
+        """What `auto` took and why; the size of the sketch and its own error in every cell."""
+        about = dict[str, Any]()
+        if self.ask["estimator"] == AUTO:
+            about["estimator_why"] = self.choice.why
+        if result.sketch_stderr is not None:
+            rounded = [[float(f"{cell:.4g}") for cell in row] for row in result.sketch_stderr]
+            about["sketch"] = {"size": self.choice.size, "blocks": BLOCKS, "stderr": rounded}
+        return about
+
+    def _images_before(self, batch: int) -> int:
+        return sum(rows.stop - rows.start for rows in self.plan[:batch])
+
+    def _save(self, estimator: Any, following: int, bad: list[str]) -> None:
+        """Save the sums, unless there is nothing worth it (or `exact`, whose state is the set)."""
+        worth = 0 < following < len(self.plan)
+        if (
+            self.out is not None
+            and worth
+            and isinstance(estimator, Minibatch)
+            and not estimator.waiting
+        ):
+            save_state(self.out, estimator, following, self.options, bad)
+
+
+def repr_of(value: Any) -> Any:
+    """A value as stable text: callables by their name, never by their address."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple | set):
+        return [repr_of(item) for item in value]
+    if isinstance(value, type) or (callable(value) and " at 0x" in repr(value)):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    return repr(value)
