@@ -124,10 +124,12 @@ def cut(model: nn.Module, at: str, example: Tensor | None = None) -> tuple[nn.Mo
     constants = survey.traces[True].constants | survey.traces[False].constants
     head, tail = Part(model, heads, constants), Part(model, tails, constants)
     for kind in (nn.Module.named_parameters, nn.Module.named_buffers):
-        held = {id(tensor) for side in (head, tail) for _, tensor in kind(side)}
-        for name, tensor in kind(model):
-            if id(tensor) not in held:
-                hold(tail, model, name)
+        names = {side: dict(kind(side, remove_duplicate=False)) for side in (head, tail)}
+        owner = {id(tensor): side for side in (head, tail) for tensor in names[side].values()}
+        for name, tensor in kind(model, remove_duplicate=False):
+            side = owner.get(id(tensor), tail)  # the tail takes what no forward uses
+            if name not in names[side]:
+                hold(side, model, name)
     return head, tail
 
 
@@ -141,6 +143,7 @@ class _Survey:
         self.traces = trace(self.model)
         self.flows = {mode: Flow(self.model, traced) for mode, traced in self.traces.items()}
         self.outputs = self.traces[False].outputs
+        self.sizes = {path: p.numel() for path, p in self.model.named_parameters()}
         x = example_images(self.model) if example is None else example
         if x.ndim != 4:
             raise ValueError(
@@ -247,7 +250,7 @@ class _Survey:
         for mode, flow in self.flows.items():
             k = flow.place[self.value(name, mode)]
             before |= {state for state, (start, _) in flow.states.items() if start <= k}
-        return sum(p.numel() for path, p in self.model.named_parameters() if path in before)
+        return sum(self.sizes.get(state, 0) for state in before)
 
     def near(self, name: str) -> list[str]:
         """The valid cuts inside a module, the last one; else those around it."""

@@ -8,15 +8,16 @@ from __future__ import annotations
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torchvision
 from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_flatten
 from torchvision.models.feature_extraction import NodePathTracer
 
 from cka_probe.collect import preserved_rng
@@ -24,6 +25,7 @@ from cka_probe.decode import one_line
 
 __all__ = ["Observation", "Trace", "last_inside", "observe", "trace"]
 
+_PLAIN: dict[type, type] = {immutable_list: list, immutable_dict: dict}  # as fx keeps them
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -110,9 +112,12 @@ class _Tracer(NodePathTracer):  # type: ignore[misc]
         return proxy
 
     def create_arg(self, a: Any) -> Any:
-        """As fx does, but an OrderedDict stays one."""
+        """As fx does, but dicts of a kind of their own stay that: OrderedDict, ModelOutput."""
         if type(a) is OrderedDict:
             return self.create_proxy("call_function", OrderedDict, (list(a.items()),), {}).node
+        if isinstance(a, dict) and is_dataclass(a):
+            given = {field.name: getattr(a, field.name) for field in fields(a) if field.init}
+            return self.create_proxy("call_function", type(a), (), given).node
         return super().create_arg(a)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -281,17 +286,21 @@ class _Observer(fx.Interpreter):
         return value
 
 
-def _equal(wanted: Any, got: Any) -> bool:
-    (a, kind_a), (b, kind_b) = tree_flatten(wanted), tree_flatten(got)
-    return kind_a == kind_b and all(map(_equal_leaf, a, b))
-
-
-def _equal_leaf(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.is_meta:
-        return type(a) is type(b)
-    tolerance = 0.0 if a.is_cpu else 1e-3  # elsewhere two runs may take different kernels
-    same = a.shape == b.shape and a.dtype == b.dtype
-    return same and torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        same = a.shape == b.shape and a.dtype == b.dtype
+        tolerance = 0.0 if a.is_cpu else 1e-3  # elsewhere two runs may take different kernels
+        return same and (
+            a.is_meta or torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+        )
+    kind_a, kind_b = (_PLAIN.get(type(value), type(value)) for value in (a, b))
+    if kind_a is not kind_b:
+        return False
+    if isinstance(a, Mapping) and (list(a) != list(b) or not all(_equal(a[k], b[k]) for k in a)):
+        return False
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return not is_dataclass(a) or _equal(vars(a), vars(b))
 
 
 @contextmanager

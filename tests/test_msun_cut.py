@@ -1,69 +1,27 @@
 """Cutting a network: tail(head(x)) is model(x), to the bit, and both hold each parameter once."""
 
 import copy
-import gc
 from collections import OrderedDict
 
 import pytest
 import torch
 import zoo
+from cut_laws import assert_law, assert_same, noise
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
-from torch.utils._pytree import tree_flatten
 
 import msun
 from msun.cut import find_cuts
 
-# name: (side, another side)
+# A few of the sweep over all architectures. Name: (side, another side)
 DIVERSE = {
-    "resnet18": (64, 75), "vgg11_bn": (32, 64), "densenet121": (64, 96), "mobilenet_v2": (64, 75),
-    "squeezenet1_1": (64, 75), "googlenet": (64, 96), "timm:inception_v3": (107, 128),
-    "efficientnet_b0": (64, 75), "regnet_y_400mf": (64, 75), "shufflenet_v2_x0_5": (64, 75),
-    "swin_t": (64, 96), "lraspp_mobilenet_v3_large": (64, 75),
-    "deeplabv3_mobilenet_v3_large": (64, 75), "timm:test_convnext": (64, 96),
-    "timm:mobilenetv3_small_050": (64, 75), "timm:ghostnet_050": (64, 75),
-    "timm:test_resnet": (64, 75), "timm:test_vit": (160, None), "timm:levit_128s": (224, None),
+    "resnet18": (64, 75), "mobilenet_v2": (64, 75), "squeezenet1_1": (64, 75),
+    "googlenet": (64, 96), "shufflenet_v2_x0_5": (64, 75), "swin_t": (32, 48),
+    "lraspp_mobilenet_v3_large": (64, 75), "deeplabv3_mobilenet_v3_large": (64, 75),
+    "timm:test_convnext": (64, 96), "timm:ghostnet_050": (64, 75), "timm:test_vit": (160, None),
+    "timm:levit_128s": (224, None),
 }  # fmt: skip
-# The networks of the sweep that have no cut, and why.
-UNCUT = {
-    "timm:crossvit_tiny_240": "two token branches: both read the image",
-    "timm:gemma4_vit_167m": "an encoder of tokens, which fx cannot follow inside",
-    "timm:naflexvit_base_patch16_parfac_gap": "the image becomes tokens before the first layer",
-}
-
-
-def noise(n, side, seed=0):
-    return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_same(a, b):
-    (a, kind_a), (b, kind_b) = tree_flatten(a), tree_flatten(b)
-    assert kind_a == kind_b
-    assert all(torch.equal(u, v) for u, v in zip(a, b, strict=True))
-
-
-def assert_parted(model, head, tail):
-    """Each parameter once, and the keys of a checkpoint as they were."""
-    parts = [*head.parameters(), *tail.parameters()]
-    assert sorted(map(id, parts)) == sorted(map(id, model.parameters()))
-    keys = model.state_dict(keep_vars=True).keys()
-    assert keys == head.state_dict().keys() | tail.state_dict().keys()
-    assert not head.state_dict().keys() & tail.state_dict().keys()
-
-
-@torch.no_grad()
-def assert_law(model, at, *images):
-    head, tail = msun.cut(model, at, images[0])
-    assert_parted(model, head, tail)
-    for x in images:
-        z = head(x)
-        before = z.clone()
-        assert_same(tail(z), model(x))
-        assert torch.equal(z, before), "the tail wrote into its map"
-        assert z.ndim == 4
-        assert len(z) == len(x)
-    return head, tail
 
 
 @torch.no_grad()
@@ -91,30 +49,6 @@ def test_law_on_diverse_networks(name):
     for at in {cuts[len(cuts) // 3], cuts[-1]}:
         assert_law(model, at, *images)
     assert_training_law(model, cuts[len(cuts) // 2], x)
-
-
-@pytest.mark.sweep
-@pytest.mark.parametrize(
-    "name", [*zoo.torchvision_models(), *zoo.segmentation_models(), *zoo.timm_models()]
-)
-def test_every_architecture(name):
-    model, side = zoo.build(name).eval(), zoo.input_size(name)
-    images = [noise(2, side)]
-    if name in UNCUT:
-        with pytest.raises(ValueError, match=r"^no valid cut: "):
-            msun.cut_points(model, images[0])
-        return
-    cuts = msun.cut_points(model, images[0])
-    try:  # a second size, where the network takes one
-        with torch.no_grad():
-            model(noise(1, side + 32))
-        images.append(noise(1, side + 32))
-    except (RuntimeError, AssertionError, ValueError):
-        pass
-    for at in {cuts[len(cuts) // 2], cuts[-1]}:
-        assert_law(model, at, *images)
-    del model
-    gc.collect()
 
 
 class Block(nn.Module):
@@ -187,6 +121,33 @@ def test_functions_parameters_buffers_and_constants():
     assert "scale" in head.state_dict()
 
 
+def test_a_shared_module_keeps_all_its_names():
+    class Twins(nn.Module):
+        def __init__(self):
+            super().__init__()
+            norm = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+            self.early, self.late = nn.ModuleList([norm, norm]), nn.Sequential(norm[1])
+            self.spare, self.unused = nn.ModuleList([nn.Linear(2, 2)]), nn.ModuleList()
+            self.unused.append(self.spare[0])
+
+        def forward(self, x):
+            x = self.a(x)
+            for norm in self.early:
+                x = norm(x)
+            return self.b(self.late(x))
+
+    model, x = Twins().eval(), noise(2, 9)
+    assert msun.cut_points(model, x) == ["a", "late"]
+    for at in ("a", "late"):
+        head, tail = assert_law(model, at, x)
+        both = {**tail.state_dict(keep_vars=True), **head.state_dict(keep_vars=True)}
+        assert both["early.0.0.weight"] is both["early.1.0.weight"]
+        twin = copy.deepcopy(tail)
+        assert len([*twin.parameters()]) == len([*tail.parameters()])
+        assert_same(twin(head(x)), model(x))
+
+
 def test_container_and_last_child_are_one_cut_listed_once_outermost():
     model = Bones().eval()
     cuts = {found.name: found for found in find_cuts(model, noise(2, 21))}
@@ -209,7 +170,7 @@ def test_sizes_are_carried_with_the_map():
     ):
         tail(z + 0)
     assert_same(tail(z + 0, z.cut_sizes), model(odd))
-    assert_same(tail(z[:1] + 0, z.cut_sizes), model(odd[:1]))  # as many images as the map has
+    assert_same(tail(head(odd[:1]) + 0, z.cut_sizes), model(odd[:1]))  # as many as the map has
 
 
 def test_windows_in_the_first_axis_are_not_taken_for_images():

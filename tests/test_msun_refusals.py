@@ -1,5 +1,8 @@
 """What `cut` and `cut_points` refuse: one line, what is wrong: the value: the way out."""
 
+from collections import OrderedDict
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -173,6 +176,42 @@ def test_examples():
     model.stem[0] = nn.Conv2d(1, 4, 3)
     model.default_cfg = {"input_size": (1, 16, 16)}
     assert msun.cut_points(model)[0] == "stem.0"
+
+
+@dataclass
+class Output(OrderedDict):
+    """As those of Hugging Face."""
+
+    logits: torch.Tensor
+    more: object = None
+
+    def __post_init__(self):
+        self["logits"] = self.logits
+
+
+@pytest.mark.parametrize(
+    ("wrap", "other"),
+    [
+        (lambda y: Output(y), lambda y: Output(y * 2)),  # another value, of the same kind
+        (lambda y: Output(y), lambda y: OrderedDict(logits=y)),
+        (lambda y: Output(y, (y,)), lambda y: Output(y, (y, y))),
+        (lambda y: {"a": y}, lambda y: {"b": y}),
+        (lambda y: [y, 1], lambda y: (y, 1)),
+        (lambda y: (y, y), lambda y: (y, y.sum(1))),
+    ],
+)
+def test_outputs_are_compared_to_their_last_tensor(wrap, other):
+    class Net(Residual):
+        def forward(self, x):
+            y = super().forward(x)
+            return wrap(y) if isinstance(x, torch.Tensor) else self.recorded(y)
+
+        def recorded(self, y):
+            return wrap(y)
+
+    assert msun.cut_points(Net().eval(), noise())[0] == "stem.0"
+    Net.recorded = lambda self, y: other(y)
+    assert "computes something else: Net: " in refusal(msun.cut_points, Net().eval(), noise())
 
 
 def test_networks_that_cannot_be_recorded():

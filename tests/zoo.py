@@ -1,15 +1,17 @@
 """The architectures of the sweeps: torchvision's, and the smallest variant of each timm module.
 
-Random weights. Vision transformers of torchvision are built for a smaller image, as their cost
-lies in their width; the networks of the table were chosen once by their number of parameters.
+Random weights. Torchvision's are the real ones, but for its vision transformers, which are built
+for a smaller image; timm's were chosen once by their number of parameters.
 """
 
 import warnings
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 TIMM = {
     "beit": "beit_base_patch16_224", "byoanet": "halonet_h1", "byobnet": "test_byobnet",
@@ -52,23 +54,38 @@ TIMM = {
     "xception_aligned": "xception41p", "xcit": "xcit_nano_12_p8_224",
 }  # fmt: skip
 
-# The smallest input that shows the network; others take 96 px (torchvision) or their own (timm).
+# Inputs other than 64 px (torchvision), and 96 px or their own where that is fixed (timm).
 SIDES = {
-    "timm:vgg11": 64, "timm:nasnetalarge": 131, "timm:pnasnet5large": 131, "timm:csatv2": 256,
-    "timm:sam2_hiera_tiny": 224, "timm:inception_v3": 107, "timm:inception_v4": 107,
-    "timm:inception_resnet_v2": 107, "timm:legacy_xception": 96, "timm:xception41p": 96,
-    "timm:tresnet_m": 96, "timm:selecsls42": 96, "timm:nextvit_small": 96,
-    "timm:res2next50": 96, "timm:convmixer_768_32": 70, "timm:dpn48b": 96,
-    "inception_v3": 107, "googlenet": 96, "maxvit_t": 224, "lraspp_mobilenet_v3_large": 128,
-    "deeplabv3_mobilenet_v3_large": 128,
+    "alexnet": 96, "googlenet": 96, "inception_v3": 107, "maxvit_t": 224,
+    "lraspp_mobilenet_v3_large": 96, "deeplabv3_mobilenet_v3_large": 96,
+    "timm:mobilenetv5_base": 64, "timm:naflexvit_base_patch16_parfac_gap": 64,
+    "timm:nasnetalarge": 64, "timm:pnasnet5large": 64, "timm:samvit_base_patch16_224": 64,
+    "timm:convmixer_768_32": 64, "timm:vgg11": 64, "timm:halonet_h1": 256,
+    "timm:sequencer2d_s": 64,
 }  # fmt: skip
+# The second, smaller size, other than about three quarters of the first.
+SECOND = {
+    "inception_v3": 80, "timm:inception_v3": 80, "timm:inception_v4": 80,
+    "timm:inception_resnet_v2": 80,
+}  # fmt: skip
+# In training mode: its auxiliary head takes no smaller map.
+TRAINS = {"inception_v3": 299}
 # Built for a smaller image: the constructor's argument, which is the size of the input as well.
 BUILT = {
-    "timm:deepseek_vit_412m": ("img_size", 112), "timm:gemma4_vit_167m": ("img_size", 96),
-    "timm:qwen3_vit_88m": ("img_size", 96),
     **{f"vit_{k}": ("image_size", 64) for k in ("b_16", "b_32", "l_16", "l_32")},
-    "vit_h_14": ("image_size", 56),
+    "vit_h_14": ("image_size", 56), "timm:deepseek_vit_412m": ("img_size", 56),
+    "timm:gemma4_vit_167m": ("img_size", 64), "timm:qwen3_vit_88m": ("img_size", 64),
+    **{
+        f"timm:{TIMM[module]}": ("img_size", 96)
+        for module in (
+            "beit", "cait", "coat", "convit", "gcvit", "hiera", "nest", "swin_transformer",
+            "swin_transformer_v2", "swin_transformer_v2_cr", "tnt", "vitamin", "volo",
+        )
+    },
 }  # fmt: skip
+# Random weights alone shrink their map until the bias of the last layer swallows it in float32,
+# at any size: their batch norms see four images first.
+WARMED = ("deeplabv3_mobilenet_v3_large",)
 
 
 def torchvision_models() -> list[str]:
@@ -97,26 +114,95 @@ def input_size(name: str) -> int:
         return BUILT[name][1]
     if name in SIDES:
         return SIDES[name]
-    if name.startswith("timm:"):
-        import timm
+    if not name.startswith("timm:"):
+        return 64
+    import timm
 
-        cfg = timm.get_pretrained_cfg(name.removeprefix("timm:"))
-        return 224 if cfg is None else cfg.input_size[-1]
-    return 96
+    cfg = timm.get_pretrained_cfg(name.removeprefix("timm:"))
+    side = 224 if cfg is None else cfg.input_size[-1]
+    return side if cfg is None or cfg.fixed_input_size else min(side, 96)
+
+
+def second_size(name: str) -> int:
+    """The smaller size that the sweeps try: about three quarters, in steps of 32 where possible."""
+    side = input_size(name)
+    return SECOND.get(name, max(32, side * 3 // 4 // 32 * 32))
+
+
+def remark(name: str) -> str:
+    """How the network differs from the one that its name gives."""
+    said = []
+    if name in BUILT:
+        said.append(f"built for {BUILT[name][1]} px")
+    if name in WARMED:
+        said.append("batch norms saw 4 images: random weights alone give a constant in float32")
+    return "; ".join(said)
 
 
 def build(name: str) -> nn.Module:
     """The network with random weights (seed 0), in training mode; the global state untouched."""
-    extra = {BUILT[name][0]: BUILT[name][1]} if name in BUILT else {}
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), Tiled():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        if name.startswith("timm:"):
-            import timm
+        model = _built(name)
+        if name in WARMED:
+            _warm(model, torch.randn(4, 3, input_size(name), input_size(name)))
+    return model
 
-            return timm.create_model(name.removeprefix("timm:"), pretrained=False, **extra)
-        if name in segmentation_models():
-            extra = {"weights_backbone": None}
-        if name in ("googlenet", "inception_v3"):
-            extra = {"init_weights": False}
-        return torchvision.models.get_model(name, weights=None, **extra)
+
+def _built(name: str) -> nn.Module:
+    extra: dict[str, Any] = {BUILT[name][0]: BUILT[name][1]} if name in BUILT else {}
+    if name.startswith("timm:"):
+        import timm
+
+        return timm.create_model(name.removeprefix("timm:"), pretrained=False, **extra)
+    if name in segmentation_models():
+        extra = {"weights_backbone": None}
+    if name in ("googlenet", "inception_v3"):
+        extra = {"init_weights": False}
+    return torchvision.models.get_model(name, weights=None, **extra)
+
+
+@torch.no_grad()
+def _warm(model: nn.Module, x: Tensor) -> None:
+    """Let the batch norms take the statistics of some images."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = None  # their mean
+    model.train()(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+class Tiled(TorchDispatchMode):
+    """Large normal and uniform draws are tiles of one bank of a million numbers.
+
+    Building takes a few seconds instead of a minute where a network has 600 million weights. The
+    tiles start anywhere, and the bank's length is prime, so that no two rows of a weight are alike.
+    """
+
+    LENGTH, FEW = 1_000_003, 5_000
+
+    def __init__(self) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.banks = {
+            torch.ops.aten.normal_: torch.randn(self.LENGTH, generator=g),
+            torch.ops.aten.uniform_: torch.rand(self.LENGTH, generator=g),
+        }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        bank = self.banks.get(func.overloadpacket)
+        if bank is None or args[0].numel() < self.FEW or not args[0].is_contiguous():
+            return func(*args, **(kwargs or {}))
+        flat, (low, high) = args[0].view(-1), (*args[1:3], *(0.0, 1.0)[len(args) - 1 :])
+        width = high if func.overloadpacket is torch.ops.aten.normal_ else high - low
+        start = int(torch.randint(self.LENGTH, ()))
+        pieces = [bank[start:], *[bank] * (len(flat) // self.LENGTH + 1)]
+        at = 0
+        for piece in pieces:
+            part = flat[at : at + len(piece)]
+            torch.mul(piece[: len(part)], width, out=part).add_(low)
+            at += len(part)
+        return args[0]
