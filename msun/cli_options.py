@@ -1,0 +1,37 @@
+"""Words that several commands share, and what they mean."""
+
+import argparse
+from typing import Any
+
+from cka_probe.cli import MODEL_HELP, WEIGHTS_HELP
+from cka_probe.models import LoadedModel, load_model, parse_model_args
+
+__all__ = ["add_model", "load"]
+
+
+def add_model(parser: Any, *, weights: str | None = "DEFAULT") -> None:
+    """Add --model, --weights and --model-arg.
+
+    Args:
+        parser: of a command.
+        weights: the default of --weights.
+    """
+    parser.add_argument("--model", required=True, metavar="M", help=MODEL_HELP)
+    parser.add_argument("--weights", metavar="W", default=weights, help=WEIGHTS_HELP)
+    parser.add_argument("--model-arg", metavar="KEY=VALUE", action="append", default=[],
+                        help="passed to the model's constructor")  # fmt: skip
+
+
+def load(args: argparse.Namespace, weights: str | None = None) -> LoadedModel:
+    """The network that --model and its companions name.
+
+    Args:
+        args: with model, model_arg, weights and, for random weights, seed.
+        weights: instead of --weights.
+    """
+    return load_model(
+        args.model,
+        args.weights if weights is None else weights,
+        model_args=parse_model_args(args.model_arg),
+        seed=getattr(args, "seed", 0),
+    )

@@ -1,0 +1,250 @@
+"""Where scale-specific layers should end: a report and a network's cuts -> a cut with reasons."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import pandas as pd
+
+from cka_probe.report import Report
+from msun.curves import Curve, Verdict
+from msun.cut import Cut
+from msun.split_choice import SplitChoice
+from msun.split_rules import Rule, get_rule
+
+__all__ = ["suggest_split"]
+
+_NAMED = 6  # cuts in a list before "and N more"
+_RUN = re.compile("#[0-9]+$")
+
+
+def suggest_split(
+    report: Report,
+    cuts: Iterable[str | Cut],
+    *,
+    rule: str | Rule = "recovery",
+    view: str | int | None = None,
+    delta: float = 0.05,
+    level: float = 0.8,
+    costs: pd.DataFrame | None = None,
+) -> SplitChoice:
+    """Where the layers that each scale has for itself should end, by a rule on a curve of CKA.
+
+    The curve: every layer in one view held against itself in the reference. Layers that are no
+    valid cuts shape it but cannot be chosen; valid cuts that were not probed are named. A
+    `restore` report of unbiased CKA is what the default rule was made for: with `native` the
+    convolutions see another field of view, which lowers CKA by itself; that is said in `why`.
+
+    Args:
+        report: what `probe` found, of two views or more.
+        cuts: what `find_cuts(model)` or `cut_points(model)` gave. The latter knows each cut by one
+            name only: a block probed as "layer1.1" is then not known to be the cut "layer1".
+        rule: "recovery", "threshold", "largest_recovery", what `register_rule` added, or a callable
+            on a `Curve`.
+        view: whose curve; None is the smallest scale, the first view where they are no sizes.
+        delta: how far below the later maximum counts as recovered, in CKA.
+        level: what CKA must stay above, for `threshold`.
+        costs: what `head_costs` gave. A report holds what the whole network costs, not what the
+            part before a cut does, so without it no GMACs are given.
+
+    Returns:
+        The choice. It is unclear, besides what the rule doubts, where the report has no standard
+        errors (fewer than 2 groups of images), where the intervals of all cuts overlap, and on
+        biased CKA.
+
+    Raises:
+        TypeError: cuts or a rule of another kind.
+        ValueError: an unknown rule or view, a report of one view, one without any of these cuts
+            (of another network, perhaps), or without values; delta or level out of range.
+    """
+    name, judge = get_rule(rule)
+    for what, number in (("delta", delta), ("level", level)):
+        if not 0 <= number <= 1:
+            raise ValueError(f"{what} out of range: {number}: give a difference in CKA, 0 to 1")
+    view = _view(report, view)
+    known = _cuts(cuts)
+    curve, tapped, empty = _curve(report, view, known, delta, level)
+    verdict = judge(curve)
+    doubts = tuple(dict.fromkeys([*_doubts(curve), *verdict.doubts]))
+    on_curve = {curve.layers[k] for k in curve.cuts}
+    unprobed = tuple(cut.name for cut in known if cut.name not in on_curve | empty)
+    ranking = _ranking(report, curve, verdict, tapped, {c.name: c for c in known}, costs)
+    cautions = _cautions(report, view, unprobed, sorted(empty - on_curve), costs is None)
+    chosen, second = (*verdict.order[:2], None, None)[:2]
+    reasons = [f"No clear split: {'; '.join(doubts)}."] if doubts else []
+    reasons += [f"{verdict.why[:1].upper()}{verdict.why[1:]}."] if verdict.why else []
+    return SplitChoice(
+        layer=None if chosen is None else curve.layers[chosen],
+        score=math.nan if chosen is None else float(verdict.scores[chosen]),
+        clear=not doubts,
+        why=" ".join([*reasons, *cautions]),
+        runner_up=None if second is None else curve.layers[second],
+        apart=math.nan if second is None else float(ranking["apart"].iloc[1]),
+        ranking=ranking,
+        doubts=doubts,
+        cautions=tuple(cautions),
+        unprobed=unprobed,
+        curve=curve,
+        dip=verdict.dip,
+        target=verdict.target,
+        rule=name,
+        view=view,
+        reference=report.reference,
+    )
+
+
+def _view(report: Report, view: str | int | None) -> str:
+    """The view whose curve is read."""
+    others = [name for name in report.views if name != report.reference]
+    if not others:
+        way_out = "probe at two scales or more"
+        raise ValueError(f"a report of one view has no curve: {report.views[0]!r}: {way_out}")
+    if view is None:
+        sizes = all(name.isdecimal() for name in others)
+        view = min(others, key=int) if sizes else others[0]
+    if str(view) not in others:
+        known = ", ".join(map(repr, others))
+        odd = "the reference itself" if str(view) == report.reference else "unknown view"
+        raise ValueError(f"{odd}: {str(view)!r}: use one of {known}")
+    seen = (report.meta.get("run") or {}).get("views") or {}
+    networks = {(seen.get(name) or {}).get("model") for name in (str(view), report.reference)}
+    if len(networks) > 1:
+        raise ValueError(f"two networks, not one at two scales: {str(view)!r} and "
+                         f"{report.reference!r}: probe one with scales")  # fmt: skip
+    return str(view)
+
+
+def _cuts(cuts: Iterable[str | Cut]) -> list[Cut]:
+    """Every cut with all its names; the parameters of one that is only named are -1."""
+    if isinstance(cuts, str):
+        raise TypeError(f"cuts are one text: {cuts!r:.60}: give a list, such as cut_points(model)")
+    known = []
+    for one in cuts:
+        if isinstance(one, Cut):
+            known.append(one)
+        elif isinstance(one, str):
+            known.append(Cut(one, (one,), (), -1))
+        else:
+            raise TypeError(f"no cut: {one!r:.60}: give what find_cuts or cut_points returned")
+    return known
+
+
+def _curve(
+    report: Report, view: str, known: list[Cut], delta: float, level: float
+) -> tuple[Curve, list[str], set[str]]:
+    """The curve, the names under which the report holds its layers, and cuts without a value."""
+    columns = {what: report.against(what=what)[view] for what in ("cka", "stderr", "low", "high")}
+    layers = [str(name) for name in columns["cka"].dropna().index]
+    if not layers:
+        raise ValueError(
+            f"no value to go by: no layer varies both in view {view!r} and in "
+            f"{report.reference!r}: probe other layers"
+        )
+    by_name = {name: cut.name for cut in known for name in (*cut.names, cut.name)}
+    paths = {_RUN.sub("", str(label)) for label in columns["cka"].index.difference(layers)}
+    empty = {by_name[path] for path in paths & by_name.keys()}
+    runs: dict[str, dict[str, str]] = {}  # cut -> its names in the report -> the label that counts
+    for label in layers:
+        path = _RUN.sub("", label)  # of a module's runs ("layer#2") the cut lies after the last
+        if path in by_name:
+            runs.setdefault(by_name[path], {})[path] = label
+    if not runs:
+        few = ", ".join(map(repr, layers[:3]))
+        raise ValueError(
+            f"none of the network's {len(known)} cuts was probed: the report has {few} and such: "
+            "probe with layers= set to cuts, or is it a report of another network?"
+        )
+    cut_of = {at.get(cut, [*at.values()][-1]): cut for cut, at in runs.items()}
+    twins = {label for at in runs.values() for label in at.values()} - cut_of.keys()
+    tapped = [label for label in layers if label not in twins]
+    numbers = {what: column[tapped].to_numpy(np.float64) for what, column in columns.items()}
+    curve = Curve(
+        layers=tuple(cut_of.get(label, label) for label in tapped),
+        is_cut=np.array([label in cut_of for label in tapped]),
+        groups=int(report.meta.get("groups") or 0),
+        delta=delta,
+        level=level,
+        unbiased=report.meta.get("unbiased") is not False,
+        **numbers,
+    )
+    return curve, tapped, empty
+
+
+def _doubts(curve: Curve) -> list[str]:
+    """What speaks against any clear split, whatever the rule."""
+    if not curve.unbiased:
+        return ["CKA is biased, which lifts wide layers most"]
+    if np.isnan(curve.low[curve.is_cut]).any():
+        return ["there are no standard errors (fewer than 2 groups of images), so any difference "
+                "may be chance"]  # fmt: skip
+    if len(curve.cuts) > 1 and curve.low[curve.is_cut].max() <= curve.high[curve.is_cut].min():
+        return ["the intervals of all cuts overlap"]
+    return []
+
+
+def _cautions(
+    report: Report, view: str, unprobed: tuple[str, ...], empty: list[str], no_costs: bool
+) -> list[str]:
+    """What to know when reading the choice."""
+    told = []
+    if report.meta.get("resize") == "native" and view.isdecimal():
+        told.append(
+            "The images were fed small (native): shared weights then see another field of view, "
+            "which lowers CKA by itself, so a restore report is the better ground."
+        )
+    if unprobed:
+        named, more = ", ".join(unprobed[:_NAMED]), len(unprobed) - _NAMED
+        named += f" and {more} more" if more > 0 else ""
+        told.append(f"Not probed and so not in question: {named}.")
+    if empty:
+        told.append(f"Without a value in both views: {', '.join(empty)}.")
+    if no_costs and (macs := report.meta.get("view_macs")):
+        whole = float(macs.get(report.reference, math.nan)) / 1e9
+        told.append(
+            f"The report knows the cost of the whole network, {whole:.3g} GMACs in view "
+            f"{report.reference}, not that of the part before a cut: give costs=head_costs(...)."
+        )
+    return told
+
+
+def _ranking(
+    report: Report,
+    curve: Curve,
+    verdict: Verdict,
+    tapped: list[str],
+    cuts: Mapping[str, Cut],
+    costs: pd.DataFrame | None,
+) -> pd.DataFrame:
+    """All cuts on the curve, as `SplitChoice.ranking` says."""
+    order = [*verdict.order, *(k for k in curve.cuts if k not in verdict.order)]
+    rows = []
+    for k in order:
+        held = k in verdict.order
+        views = (report.meta.get("layers") or {}).get(tapped[k], {}).get("views", {})
+        shape = views.get(report.reference) or {}
+        grid = shape.get("grid")
+        before = cuts[curve.layers[k]].parameters
+        rows.append(
+            {
+                "layer": curve.layers[k],
+                "tapped": tapped[k],
+                "cka": curve.cka[k],
+                "stderr": curve.stderr[k],
+                "low": curve.low[k],
+                "high": curve.high[k],
+                "score": verdict.scores[k] if held else math.nan,
+                "apart": verdict.apart(order[0], k) if held else math.nan,
+                "channels": shape.get("channels", math.nan),
+                "grid": " x ".join(map(str, grid)) if grid else "",
+                "parameters": before if before >= 0 else math.nan,
+            }
+        )
+    ranking: pd.DataFrame = pd.DataFrame(rows)
+    if costs is not None:
+        found = costs.reindex(ranking["layer"])
+        for column in costs.columns:
+            ranking[column] = found[column].to_numpy()
+    return ranking
