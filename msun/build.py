@@ -1,0 +1,233 @@
+"""A backbone, a cut and the scales -> a multi-scale network."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from cka_probe.files import plain
+from cka_probe.layers import unwrap
+from cka_probe.models import LoadedModel
+from msun.costs import Shadow
+from msun.cut import cut, example_images, find_cuts
+from msun.model import MSUN, Origin
+from msun.norms import install
+from msun.paper import Recipe, hand_made, recipe_of
+from msun.parts import Part
+from msun.policy import Policy, check_scales, merge_grid, policy_of
+from msun.settle import settled
+from msun.subnets import STARTS, resample_first
+from msun.surgery import take_out
+
+__all__ = ["build", "fingerprint"]
+
+
+def build(
+    backbone: nn.Module | LoadedModel,
+    at: str,
+    scales: Sequence[int],
+    *,
+    preset: str = "lean",
+    subnets: str | None = None,
+    merge: str | None = None,
+    norm: str | None = None,
+    start: str = "copied",
+    policy: Policy | None = None,
+    spec: Mapping[str, Any] | None = None,
+) -> MSUN:
+    """A multi-scale network around a backbone, which is copied and left as it is.
+
+    At the largest scale it is the backbone, to the bit, until it is trained; with one scale it is
+    nothing else. Smaller scales get the head with as many strides taken out as their grid needs
+    (`msun.surgery`); the preset "paper" has the hand-made subnets for the paper's four backbones
+    at its cuts and scales, and `origin` says which of the two it is.
+
+    Args:
+        backbone: a network that takes one image tensor and gives logits (n, classes).
+        at: the module after which the shared trunk begins, one of `msun.cut_points(backbone)`.
+        scales: sides in pixels; the largest is the reference, which the backbone must take.
+        preset: "lean" or "paper", or one that was registered.
+        subnets: "own" or "shared" weights, in place of the preset's.
+        merge: "full" or "follow", in place of the preset's.
+        norm: "shared" or "private" batch norms, in place of the preset's.
+        start: of the small subnets: "copied"; "resampled", the first kernel to their pixel scale;
+            "dilated" where a stride was taken out, so that the old grid's pixels keep their values.
+        policy: in place of the preset's.
+        spec: plain values that say how to make the backbone again; a `LoadedModel` brings them.
+
+    Returns:
+        The network, in the mode that the backbone is in.
+
+    Raises:
+        TypeError: no network, or scales that are no whole numbers.
+        ValueError: a bad choice, no valid cut there, a scale that the head cannot take, or no
+            logits.
+    """
+    policy = (policy or policy_of(preset)).but(subnets=subnets, merge=merge, norm=norm)
+    sides = check_scales(scales)
+    known = _spec(backbone, spec)
+    model = unwrap(backbone.model if isinstance(backbone, LoadedModel) else backbone)
+    if start not in STARTS:
+        raise ValueError(f"unknown start: {start!r}: choose {', '.join(map(repr, STARTS))}")
+    if policy.subnets == "shared" and start == "resampled":
+        raise ValueError(
+            "shared subnets cannot start resampled: 'resampled': their one kernel serves all "
+            "scales, choose 'copied' or subnets='own'"
+        )
+    example = example_images(model, sides[-1])
+    head, tail = _parts(model, at, example)
+    axes = _axes(head, example)
+    private = sides if policy.norm == "private" and len(sides) > 1 else None
+    if policy.subnets == "shared":
+        install(head, private)
+    recipe, why = None, ""
+    if preset == "paper":
+        recipe, why = _recipe(model, at, example, sides, policy, start)
+    heads, changes = _heads(head, tail, sides, policy, recipe, start, example, axes)
+    for own in heads.values() if policy.subnets == "own" else ():
+        install(own)
+    install(tail, private)
+    made = f"hand-made as in the paper: {recipe.name}" if recipe else "strides taken out"
+    net = MSUN(
+        heads,
+        tail,
+        at=at,
+        preset=preset,
+        policy=policy,
+        spec=known,
+        origin=Origin(
+            type(model).__name__,
+            fingerprint(model),
+            f"{made} ({why})" if why else made,
+            start,
+            changes,
+        ),
+        channels=int(example.shape[1]),
+        axes=axes,
+    )
+    _check_logits(net)
+    return net
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the names and shapes of a network's parameters and buffers."""
+    state = model.state_dict(keep_vars=True)
+    text = "\n".join(
+        f"{key} {tuple(x.shape)}" for key, x in sorted(state.items()) if isinstance(x, Tensor)
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _spec(backbone: nn.Module | LoadedModel, spec: Mapping[str, Any] | None) -> dict[str, Any]:
+    """How to make the backbone again, in plain values."""
+    known: dict[str, Any] = {}
+    if isinstance(backbone, LoadedModel):
+        known = {"name": backbone.name, "model_args": {}}
+        known |= {"mean": backbone.mean, "std": backbone.std, "weights": backbone.weights}
+    elif not isinstance(backbone, nn.Module):
+        raise TypeError(f"no network: {type(backbone).__name__}: give an nn.Module")
+    made: dict[str, Any] = plain({**known, **(spec or {})}, "spec")
+    return made
+
+
+def _parts(model: nn.Module, at: str, example: Tensor) -> tuple[Part, Part]:
+    """Head and tail of a copy."""
+    head, tail = cut(copy.deepcopy(model), at, example)
+    assert isinstance(head, Part)
+    assert isinstance(tail, Part)
+    return settled(head), tail
+
+
+def _axes(head: Part, example: Tensor) -> tuple[int, int]:
+    """Where rows and columns stand in the map: the axes that follow the image's size."""
+    shape = (1, *example.shape[1:])
+    shadow = Shadow(head, shape)
+    here, side = shadow.see(shape).shape, shape[-1]
+    for other in (2 * side, side + 32, side + 64, side // 2):
+        seen = shadow.see((*shape[:2], other, other))
+        if seen.fault or len(seen.shape) != 4:
+            continue
+        moved = [axis for axis in (1, 2, 3) if seen.shape[axis] != here[axis]]
+        if moved in ([1, 2], [2, 3]):
+            return moved[0], moved[1]
+    return (1, 2) if here[1] == here[2] != here[3] else (2, 3)
+
+
+def _recipe(
+    model: nn.Module,
+    at: str,
+    example: Tensor,
+    sides: tuple[int, ...],
+    policy: Policy,
+    start: str,
+) -> tuple[Recipe | None, str]:
+    """The paper's own subnets, where it has them."""
+    if policy.subnets == "shared" or start == "dilated":
+        return None, "the paper's subnets have weights of their own and are not dilated"
+    recipe, why = recipe_of(model, (at,), sides)
+    if recipe is None and "cuts" in why:  # the same cut may have other names
+        names = next((c.names for c in find_cuts(model, example) if at in c.names), (at,))
+        recipe, why = recipe_of(model, names, sides)
+    return recipe, why
+
+
+def _heads(
+    head: Part,
+    tail: Part,
+    sides: tuple[int, ...],
+    policy: Policy,
+    recipe: Recipe | None,
+    start: str,
+    example: Tensor,
+    axes: tuple[int, int],
+) -> tuple[dict[int, Part], dict[int, str]]:
+    """The subnet of each scale, and what differs from the backbone's head."""
+    reference = sides[-1]
+    known = (1, *example.shape[1:])
+    shadow = Shadow(head, known)
+
+    def grid(side: int) -> tuple[int, int]:
+        seen = shadow.see((1, known[1], side, side))
+        if seen.fault:
+            full = grid(reference)
+            return max(1, full[0] * side // reference), max(1, full[1] * side // reference)
+        return seen.shape[axes[0]], seen.shape[axes[1]]
+
+    heads, changes = {reference: head}, {reference: ""}
+    for side in sides[:-1]:
+        own = copy.deepcopy(head) if policy.subnets == "own" else head
+        if recipe is not None:
+            heads[side] = hand_made(recipe, own, side, resample=start == "resampled")
+            changes[side] = recipe.told(side)
+            continue
+        wanted = merge_grid(
+            policy,
+            side,
+            side,
+            scale=side,
+            reference=reference,
+            full=grid(reference),
+            native=lambda side=side: grid(side),  # type: ignore[misc]
+        )
+        taken = take_out(own, side, wanted, known=known, axes=axes, dilated=start == "dilated")
+        if start == "resampled":
+            resample_first(taken.head, side / reference)
+        heads[side] = taken.head
+        changes[side] = ", ".join(f"{p} stride {a} -> {b}" for p, (a, b) in taken.changes.items())
+    return heads, changes
+
+
+def _check_logits(net: MSUN) -> None:
+    """Every scale is served, and logits come out."""
+    for side in net.scales:
+        net.plan(side, scale=side)
+    shape = net.output_shape
+    if len(shape) != 2:
+        raise ValueError(
+            f"the backbone gives no logits (n, classes): {shape} for one image: build around a "
+            "classifier"
+        )

@@ -1,0 +1,227 @@
+"""A multi-scale network in a file: plain types and tensors, read without running anything."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cka_probe.decode import one_line
+from cka_probe.files import plain, replacing
+from cka_probe.layers import unwrap
+from cka_probe.models import LoadedModel, load_model
+from msun.build import build, fingerprint
+from msun.model import MSUN
+from msun.policy import POLICIES, Policy, check_scales
+
+__all__ = ["FORMAT", "describe", "load", "load_into", "read", "save"]
+
+FORMAT = 1
+_KIND = "msun"
+_KEYS = {"at", "scales", "preset", "policy", "spec", "backbone", "fingerprint", "subnets", "start"}
+
+
+def describe(model: MSUN) -> dict[str, Any]:
+    """What a checkpoint says of a network, in plain values.
+
+    Args:
+        model: the network.
+    """
+    return {
+        "at": model.at,
+        "scales": list(model.scales),
+        "preset": model.preset,
+        "policy": asdict(model.policy),
+        "spec": model.spec,
+        "backbone": model.origin.backbone,
+        "fingerprint": model.origin.fingerprint,
+        "subnets": model.origin.subnets,
+        "start": model.origin.start,
+    }
+
+
+def save(model: MSUN, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None) -> Path:
+    """Write a network to a file, whole or not at all.
+
+    Args:
+        model: the network.
+        path: a file in a folder that exists.
+        extra: more plain values and tensors to keep with it.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    content = {
+        "kind": _KIND,
+        "format": FORMAT,
+        "network": plain(describe(model), "network"),
+        "state": {key: x.detach().cpu() for key, x in model.state_dict().items()},
+        "extra": dict(extra or {}),
+    }
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
+    return Path(path)
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a checkpoint holds: "network" (see `describe`), "state" and "extra".
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, no checkpoint of a multi-scale network, or of a newer format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such checkpoint: {path}: check the path")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # UnpicklingError, EOFError, RuntimeError, KeyError, ...
+        reason = "not one, or cut short or damaged"
+        raise ValueError(f"cannot read the checkpoint: {path}, {reason}: make it again") from error
+    if not isinstance(content, dict) or content.get("kind") != _KIND:
+        raise ValueError(f"no checkpoint of a multi-scale network: {path}: give one of `msun`")
+    if not isinstance(content.get("format"), int) or content["format"] > FORMAT:
+        raise ValueError(f"checkpoint of a newer format: {path}: update msun")
+    network, state = content.get("network"), content.get("state")
+    whole = isinstance(network, dict) and network.keys() >= _KEYS and isinstance(state, dict)
+    if not whole or not all(isinstance(x, Tensor) for x in state.values()):  # type: ignore[union-attr]
+        raise ValueError(f"checkpoint lacks a part: {path}: make it again")
+    return content
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    backbone: nn.Module | LoadedModel | None = None,
+    at: str | None = None,
+    scales: Sequence[int] | None = None,
+) -> MSUN:
+    """Build the network of a checkpoint and load its weights; in eval mode, on the CPU.
+
+    Args:
+        path: the file.
+        backbone: the network that it was built around; None to make it again by its name.
+        at: the cut that is expected; None for any.
+        scales: the sides that are expected; None for any.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that cannot be read, or one for another backbone, cut or scales.
+    """
+    content = read(path)
+    network = content["network"]
+    _expect(path, network, at=at, scales=scales)
+    if backbone is None:
+        backbone = _made_again(path, network["spec"])
+    inner = unwrap(backbone.model if isinstance(backbone, LoadedModel) else backbone)
+    if fingerprint(inner) != network["fingerprint"]:
+        other = backbone.name if isinstance(backbone, LoadedModel) else type(inner).__name__
+        made = network["spec"].get("name") or network["backbone"]
+        raise ValueError(
+            f"checkpoint for another backbone: {path} was built around {made!r}, not {other!r}: "
+            "give that one, with as many classes"
+        )
+    policy = Policy(**network["policy"])
+    preset = network["preset"] if network["preset"] in POLICIES else "lean"
+    model = build(
+        backbone,
+        network["at"],
+        network["scales"],
+        preset=preset,
+        policy=policy,
+        start=network["start"],
+        spec=network["spec"],
+    )
+    _fill(model, content["state"], path)
+    model.preset = network["preset"]
+    return model.eval()
+
+
+def load_into(model: MSUN, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Load a checkpoint's weights into a network that is there.
+
+    Args:
+        model: built like the checkpoint's.
+        path: the file.
+
+    Returns:
+        What was saved with it as `extra`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that cannot be read, or one for another network.
+    """
+    content = read(path)
+    network = content["network"]
+    _expect(path, network, at=model.at, scales=model.scales)
+    own = describe(model)
+    for key, what in (("fingerprint", "backbone"), ("policy", "policy"), ("subnets", "subnets")):
+        if network[key] != plain(own[key]):
+            there, here = (d["backbone" if key == "fingerprint" else key] for d in (network, own))
+            raise ValueError(
+                f"checkpoint for another {what}: {path} has {there}, the network {here}: build "
+                "the network like the checkpoint's"
+            )
+    if (network["start"] == "dilated") != (model.origin.start == "dilated"):
+        raise ValueError(
+            f"checkpoint for another start: {path} has {network['start']}, the network "
+            f"{model.origin.start}: build the network like the checkpoint's"
+        )
+    _fill(model, content["state"], path)
+    extra: dict[str, Any] = content.get("extra", {})
+    return extra
+
+
+def _expect(
+    path: str | os.PathLike[str],
+    network: Mapping[str, Any],
+    *,
+    at: str | None,
+    scales: Sequence[int] | None,
+) -> None:
+    if at is not None and at != network["at"]:
+        raise ValueError(
+            f"checkpoint for another cut: {path} was cut after {network['at']!r}, not {at!r}: "
+            "ask for that cut"
+        )
+    if scales is not None and list(check_scales(scales)) != network["scales"]:
+        there, here = (",".join(map(str, s)) for s in (network["scales"], check_scales(scales)))
+        raise ValueError(
+            f"checkpoint for other scales: {path} has {there}, not {here}: ask for those scales"
+        )
+
+
+def _made_again(path: str | os.PathLike[str], spec: Mapping[str, Any]) -> LoadedModel:
+    """The backbone, by the name that the checkpoint gives, without weights."""
+    if not spec.get("name"):
+        raise ValueError(f"checkpoint of a bare network: {path} has no name: give backbone=")
+    try:
+        return load_model(spec["name"], "none", model_args=spec.get("model_args"))
+    except (ValueError, TypeError) as error:
+        name = spec["name"]
+        reason = one_line(error)
+        raise ValueError(
+            f"cannot make the backbone again: {name!r} of {path}, {reason}: give backbone="
+        ) from error
+
+
+def _fill(model: MSUN, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    try:
+        model.load_state_dict(dict(state))
+    except RuntimeError as error:
+        raise ValueError(
+            f"checkpoint does not fit the network: {path}, {one_line(error)}: make it again"
+        ) from error

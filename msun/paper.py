@@ -1,0 +1,185 @@
+"""The hand-made subnets of the paper: four torchvision backbones at 32, 128 and 224 px.
+
+Liu, Zhu, Liu 2024, arXiv 2403.18294; structure, parameters and costs as its authors' experiments
+have them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torchvision
+from torch import nn
+from torchvision.models import densenet, mobilenetv2, resnet, vgg
+
+from msun.parts import Part
+from msun.subnets import centred, resampled
+from msun.surgery import like_old
+from msun.twins import branch, put, twin
+
+__all__ = ["SCALES", "Recipe", "hand_made", "recipe_of"]
+
+SCALES = (32, 128, 224)
+
+
+class Kernel(NamedTuple):
+    """A convolution of another kernel size and padding, at stride 1."""
+
+    size: int
+    padding: int
+
+
+class Stride(NamedTuple):
+    """The same layer at another stride."""
+
+    size: int
+
+
+Change = Kernel | Stride | None  # None: the layer is left out
+
+
+def _told(change: Change) -> str:
+    if change is None:
+        return "left out"
+    side = change.size
+    return f"{side} x {side} stride 1" if isinstance(change, Kernel) else f"stride {side}"
+
+
+class Recipe(NamedTuple):
+    """One backbone's small and middle subnet.
+
+    Attributes:
+        name: of the backbone.
+        at: the cut.
+        small: what changes at 32 px, by module path.
+        middle: what changes at 128 px.
+    """
+
+    name: str
+    at: str
+    small: Mapping[str, Change]
+    middle: Mapping[str, Change]
+
+    def at_scale(self, scale: int) -> Mapping[str, Change]:
+        """What changes at a scale."""
+        return {32: self.small, 128: self.middle}.get(scale, {})
+
+    def told(self, scale: int) -> str:
+        """The same in words."""
+        return ", ".join(f"{path} {_told(change)}" for path, change in self.at_scale(scale).items())
+
+
+_RESNET = Recipe(
+    "resnet50", "layer1", {"conv1": Kernel(3, 2), "maxpool": None}, {"conv1": Kernel(5, 2)}
+)
+_DENSENET = Recipe(
+    "densenet121",
+    "features.transition1",
+    {"features.conv0": Kernel(3, 2), "features.pool0": None},
+    {"features.conv0": Kernel(5, 2)},
+)
+_VGG = Recipe(
+    "vgg16_bn",
+    "features.23",
+    {"features.6": Stride(1), "features.13": Stride(1), "features.23": Stride(1)},
+    {"features.23": Stride(1)},
+)
+_MOBILENET = Recipe(
+    "mobilenet_v2",
+    "features.9",
+    {
+        "features.0.0": Kernel(1, 0),
+        "features.2.conv.1.0": Stride(1),
+        "features.4.conv.1.0": Stride(1),
+    },
+    {"features.0.0": Kernel(3, 1)},
+)
+
+
+_KNOWN: tuple[tuple[type[nn.Module], Callable[[], nn.Module], Recipe], ...] = (
+    (resnet.ResNet, torchvision.models.resnet50, _RESNET),
+    (densenet.DenseNet, torchvision.models.densenet121, _DENSENET),
+    (vgg.VGG, torchvision.models.vgg16_bn, _VGG),
+    (mobilenetv2.MobileNetV2, torchvision.models.mobilenet_v2, _MOBILENET),
+)
+
+
+def recipe_of(
+    model: nn.Module, names: Collection[str], scales: Sequence[int]
+) -> tuple[Recipe | None, str]:
+    """The hand-made subnets for a network, where it is one of the four at its cut and scales.
+
+    Args:
+        model: the backbone; how many classes it has does not matter.
+        names: of the cut.
+        scales: trained sides in pixels, ascending.
+
+    Returns:
+        (recipe, ""), or (None, why there is none).
+    """
+    for kind, make, recipe in _KNOWN:
+        if type(model) is not kind:
+            continue
+        with torch.device("meta"):
+            stock = make()
+        if _layers(model) != _layers(stock):
+            continue
+        if recipe.at not in names:
+            return None, f"the paper cuts {recipe.name} after {recipe.at!r}"
+        if tuple(scales) != SCALES:
+            return None, f"the paper trains at {', '.join(map(str, SCALES))} px"
+        return recipe, ""
+    return None, "the paper has no subnets for this backbone"
+
+
+def _layers(model: nn.Module) -> dict[str, str]:
+    """The leaf layers as they print, without the classifier."""
+    return {
+        path: repr(module)
+        for path, module in model.named_modules()
+        if not module._modules and not isinstance(module, nn.Linear | nn.Dropout)
+    }
+
+
+def hand_made(recipe: Recipe, head: Part, scale: int, *, resample: bool) -> Part:
+    """The subnet of a scale, around a head's own modules save for those that change.
+
+    Args:
+        recipe: the backbone's.
+        head: left as it is.
+        scale: 32 or 128; at 224 the head is as it was.
+        resample: start kernels of another size from the old one resampled to smaller pixels, else
+            from its middle.
+    """
+    made = twin(head)
+    for path, change in recipe.at_scale(scale).items():
+        old: Any = head.get_submodule(path)
+        if change is None:
+            put(made, path, nn.Identity())
+        elif isinstance(change, Kernel):
+            put(made, path, _convolution(old, change, resample))
+        else:
+            pool: Any = branch(made, path)
+            pool.stride = like_old(old.stride, change.size)
+    return made
+
+
+def _convolution(old: Any, kernel: Kernel, resample: bool) -> nn.Conv2d:
+    """A convolution at stride 1 whose kernel comes from another."""
+    size = (kernel.size, kernel.size)
+    weight = old.weight
+    new = nn.Conv2d(
+        old.in_channels,
+        old.out_channels,
+        size,
+        padding=kernel.padding,
+        bias=False,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    with torch.no_grad():
+        new.weight.copy_((resampled if resample else centred)(weight, size))
+    new.train(old.training)
+    return new

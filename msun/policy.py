@@ -1,0 +1,179 @@
+"""What distinguishes one multi-scale network from another: a few choices, and the two presets.
+
+Sizes are integers and the choices are made on their squares, so that no rounding decides them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+__all__ = ["POLICIES", "Policy", "check_scales", "merge_grid", "policy_of", "register", "route"]
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The choices; every field may be exchanged for another of its values.
+
+    Attributes:
+        subnets: "own", each scale has a copy of the head with its own weights, or "shared", the
+            head itself with other strides.
+        merge: the grid that the trunk runs at: "full", always the reference scale's, or "follow",
+            half of that for inputs up to 4/7 of the reference side, else the input's own.
+        norm: batch norms that several scales use: one "shared" by all, or one "private" to each.
+        routing: "ceil", the smallest scale that is not below the input, else the largest, or
+            "nearest" in log ratio, ties to the larger.
+        antialias: whether maps are shrunk to the merge grid with antialiasing.
+        constraint: what training pulls together by default: "raw" or "normalised" features.
+    """
+
+    subnets: str = "own"
+    merge: str = "follow"
+    norm: str = "private"
+    routing: str = "nearest"
+    antialias: bool = True
+    constraint: str = "normalised"
+
+    def __post_init__(self) -> None:
+        for name, known in _VALUES.items():
+            value = getattr(self, name)
+            if value not in known:
+                choice = " or ".join(map(repr, known))
+                raise ValueError(f"unknown {name} policy: {value!r}: choose {choice}")
+
+    def but(self, **choices: object) -> Policy:
+        """The same policy with other choices; those that are None stay.
+
+        Args:
+            choices: values by field name.
+
+        Raises:
+            ValueError: an unknown value.
+        """
+        given = {name: value for name, value in choices.items() if value is not None}
+        return replace(self, **given)  # type: ignore[arg-type]
+
+
+_VALUES: dict[str, tuple[object, ...]] = {
+    "subnets": ("own", "shared"),
+    "merge": ("full", "follow"),
+    "norm": ("shared", "private"),
+    "routing": ("ceil", "nearest"),
+    "antialias": (True, False),
+    "constraint": ("none", "raw", "normalised", "cka"),
+}
+
+POLICIES: dict[str, Policy] = {
+    # Liu, Zhu, Liu 2024, arXiv 2403.18294
+    "paper": Policy(merge="full", norm="shared", routing="ceil", antialias=False, constraint="raw"),
+    "lean": Policy(),
+}
+
+
+def register(name: str, policy: Policy) -> None:
+    """Add a preset.
+
+    Args:
+        name: what `build` is to know it by.
+        policy: its choices.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in POLICIES:
+        raise ValueError(f"preset name is taken: {name!r}: choose another name")
+    POLICIES[name] = policy
+
+
+def policy_of(preset: str) -> Policy:
+    """The policy of a preset.
+
+    Args:
+        preset: its name.
+
+    Raises:
+        ValueError: an unknown name, with the known ones.
+    """
+    if preset not in POLICIES:
+        raise ValueError(f"unknown preset: {preset!r}: choose {' or '.join(map(repr, POLICIES))}")
+    return POLICIES[preset]
+
+
+def check_scales(scales: Sequence[int]) -> tuple[int, ...]:
+    """The trained sides in pixels, ascending.
+
+    Args:
+        scales: in any order.
+
+    Raises:
+        TypeError: a side that is no whole number.
+        ValueError: none at all, one below 1, or one given twice.
+    """
+    sides = list(scales)
+    for side in sides:
+        if isinstance(side, bool) or not isinstance(side, int):
+            raise TypeError(f"scale is no whole number of pixels: {side!r}: give sides like 64")
+        if side < 1:
+            raise ValueError(f"bad scale: {side}: a side is at least 1 pixel")
+    if not sides or len(set(sides)) < len(sides):
+        text = "none" if not sides else ",".join(map(str, sides))
+        raise ValueError(f"scales must be one or more different sides: {text}: give 32,128,224")
+    return tuple(sorted(sides))
+
+
+def route(scales: Sequence[int], h: int, w: int, routing: str) -> int:
+    """The scale whose subnet serves an image; its side is sqrt(h w).
+
+    Args:
+        scales: ascending sides in pixels.
+        h: height in pixels.
+        w: width in pixels.
+        routing: "ceil" or "nearest", as in `Policy`.
+    """
+    area = h * w
+    if routing == "ceil":
+        return next((s for s in scales if area <= s * s), scales[-1])
+    # log(side / a) < log(b / side) exactly where side^2 < a b
+    return next((a for a, b in pairwise(scales) if area < a * b), scales[-1])
+
+
+def merge_grid(
+    policy: Policy,
+    h: int,
+    w: int,
+    *,
+    scale: int,
+    reference: int,
+    full: Grid,
+    native: Callable[[], Grid],
+) -> Grid:
+    """The grid that an image's map is brought to, before it is rounded to what the tail takes.
+
+    Args:
+        policy: the choices.
+        h: height of the image in pixels.
+        w: width in pixels.
+        scale: the scale whose subnet serves it.
+        reference: the largest scale.
+        full: the grid of a square image at the reference scale.
+        native: what the reference subnet would give for the image.
+
+    Returns:
+        (rows, columns), in the image's aspect.
+    """
+    if policy.merge == "full":
+        return _shaped(full, h, w)
+    if scale != reference and 49 * h * w <= 16 * reference**2:  # sqrt(h w) <= 4/7 reference
+        return _shaped((full[0] / 2, full[1] / 2), h, w)
+    return native()
+
+
+def _shaped(grid: tuple[float, float], h: int, w: int) -> Grid:
+    """A grid of the same area in the aspect h : w; halves are rounded up."""
+    stretch = math.sqrt(h / w)
+    rows, columns = grid[0] * stretch, grid[1] / stretch
+    return max(1, math.floor(rows + 0.5)), max(1, math.floor(columns + 0.5))

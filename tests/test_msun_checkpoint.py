@@ -1,0 +1,209 @@
+"""A network goes into a file and comes back the same, or is refused by name."""
+
+import pickle
+import random
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import msun
+from cka_probe.glyphnet import glyphnet
+from cka_probe.models import load_model
+from msun import checkpoint
+from msun.norms import recalibrate
+from msun.policy import POLICIES, Policy
+
+
+def noise(n, side, seed=0):
+    return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def network(**choices):
+    """Not as it was built: every parameter moved, one further size re-estimated."""
+    net = msun.build(load_model("glyphnet"), "layer1", (16, 32, 64), **choices)
+    with torch.no_grad():
+        for k, p in enumerate(net.parameters()):
+            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(k)))
+    recalibrate(net, [noise(4, 24) * 2], 24)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    net = network()
+    return net, checkpoint.save(net, tmp_path_factory.mktemp("net") / "net.pt", {"step": 7})
+
+
+@torch.no_grad()
+def assert_same(a, b):
+    assert a.state_dict().keys() == b.state_dict().keys()
+    for side in (16, 24, 32, 40, 64):
+        assert torch.equal(a(noise(2, side)), b(noise(2, side)))
+    assert (a.scales, a.at, a.preset, a.policy, a.spec, a.origin) == (
+        b.scales, b.at, b.preset, b.policy, b.spec, b.origin,
+    )  # fmt: skip
+    assert a.calibrated == b.calibrated == ((24, 24),)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {}, {"preset": "paper"}, {"subnets": "shared"}, {"start": "dilated", "merge": "full"},
+        {"policy": Policy(routing="ceil", antialias=False), "norm": "shared"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_it_comes_back_the_same(tmp_path, choices):
+    net = network(**choices)
+    path = checkpoint.save(net, tmp_path / "net.pt")
+    assert_same(msun.load(path), net)
+    assert [p.name for p in tmp_path.iterdir()] == ["net.pt"]
+
+
+def test_a_bare_backbone_is_asked_for(tmp_path):
+    model = glyphnet()
+    path = msun.save(msun.build(model, "layer1", (16, 64)), tmp_path / "net.pt")
+    with pytest.raises(ValueError, match=r"^checkpoint of a bare network: .*: give backbone="):
+        msun.load(path)
+    net = msun.load(path, backbone=glyphnet(trained=False), at="layer1", scales=[64, 16])
+    with torch.no_grad():
+        assert torch.equal(net(noise(2, 64)), model(noise(2, 64)))
+    assert not net.training
+
+
+def test_the_papers_subnets_come_back(tmp_path):
+    torch.manual_seed(0)
+    model = torchvision.models.mobilenet_v2(weights=None).eval()
+    net = msun.build(model, "features.9", (32, 128, 224), preset="paper")
+    path = msun.save(net, tmp_path / "net.pt")
+    back = msun.load(path, backbone=model)
+    assert back.origin == net.origin
+    with torch.no_grad():
+        assert torch.equal(back(noise(1, 32)), net(noise(1, 32)))
+
+
+def test_plain_types_only(saved):
+    content = torch.load(saved[1], weights_only=True)
+    assert content["extra"] == {"step": 7}
+    assert content["network"]["scales"] == [16, 32, 64]
+    assert all(isinstance(x, torch.Tensor) for x in content["state"].values())
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ({"at": "layer2"}, r"^checkpoint for another cut: .*'layer1', not 'layer2': "),
+        ({"scales": [16, 64]}, r"^checkpoint for other scales: .* has 16,32,64, not 16,64: "),
+        (
+            {"backbone": nn.Linear(2, 2)},
+            r"^checkpoint for another backbone: .*'glyphnet', not 'Lin",
+        ),
+    ],
+)
+def test_another_network_is_refused_by_name(saved, words, text):
+    with pytest.raises(ValueError, match=text) as caught:
+        msun.load(saved[1], **words)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_number_of_classes_is_another_backbone(saved):
+    model = glyphnet()
+    model.fc = nn.Linear(64, 10)
+    with pytest.raises(ValueError, match=r"^checkpoint for another backbone: "):
+        msun.load(saved[1], backbone=model)
+
+
+def test_loading_into_a_network_that_is_there(saved):
+    net, path = saved
+    other = msun.build(load_model("glyphnet"), "layer1", (16, 32, 64))
+    assert checkpoint.load_into(other, path) == {"step": 7}
+    assert_same(other.eval(), net)
+    for built, text in (
+        ({"merge": "full"}, "^checkpoint for another policy: "),
+        ({"at": "layer2"}, "^checkpoint for another cut: "),
+        ({"scales": (16, 64)}, "^checkpoint for other scales: "),
+        ({"start": "dilated"}, "^checkpoint for another start: "),
+    ):
+        at, scales = built.pop("at", "layer1"), built.pop("scales", (16, 32, 64))
+        stranger = msun.build(load_model("glyphnet"), at, scales, **built)
+        before = {k: v.clone() for k, v in stranger.state_dict().items()}
+        with pytest.raises(ValueError, match=text):
+            checkpoint.load_into(stranger, path)
+        assert all(torch.equal(v, before[k]) for k, v in stranger.state_dict().items())
+
+
+def test_a_damaged_file_is_named(saved, tmp_path):
+    whole = saved[1].read_bytes()
+    rng = random.Random(0)
+    for k in range(12):
+        path = tmp_path / f"{k}.pt"
+        path.write_bytes(whole[: rng.randrange(len(whole))] if k else b"")
+        with pytest.raises(
+            ValueError, match=rf"^cannot read the checkpoint: .*{k}\.pt, "
+        ) as caught:
+            msun.load(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "other.pt"
+    with pytest.raises(FileNotFoundError, match=r"^no such checkpoint: .*other\.pt: "):
+        msun.load(path)
+    for content, text in (
+        ({"weight": torch.zeros(2)}, "^no checkpoint of a multi-scale network: .*other.pt: "),
+        ([1, 2], "^no checkpoint of a multi-scale network: "),
+        ({"kind": "msun", "format": 99}, "^checkpoint of a newer format: "),
+        ({"kind": "msun", "format": 1}, "^checkpoint lacks a part: "),
+        ({"kind": "msun", "format": 1, "network": {}, "state": {}}, "^checkpoint lacks a part: "),
+    ):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=text):
+            msun.load(path)
+
+
+class Trap:
+    def __reduce__(self):
+        return (pytest.fail, ("code in a checkpoint was run",))
+
+
+def test_nothing_in_a_file_is_run(tmp_path):
+    path = tmp_path / "trap.pt"
+    torch.save({"kind": "msun", "format": 1, "network": Trap()}, path)
+    with pytest.raises(ValueError, match=r"^cannot read the checkpoint"):
+        msun.load(path)
+    path.write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(ValueError, match=r"^cannot read the checkpoint"):
+        msun.load(path)
+
+
+def test_weights_of_another_shape_do_not_fit(saved, tmp_path):
+    content = torch.load(saved[1], weights_only=True)
+    content["state"]["tail.fc.weight"] = torch.zeros(3, 3)
+    torch.save(content, tmp_path / "net.pt")
+    with pytest.raises(ValueError, match=r"^checkpoint does not fit the network: .*net\.pt, ") as e:
+        msun.load(tmp_path / "net.pt")
+    assert "\n" not in str(e.value)
+
+
+def test_a_failed_save_leaves_the_old_file(saved, tmp_path, monkeypatch):
+    path = tmp_path / "net.pt"
+    path.write_bytes(b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(saved[0], path)
+    assert path.read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_preset_that_is_not_registered_here(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(POLICIES, "mine", Policy(routing="ceil"))
+        net = network(preset="mine")
+    path = checkpoint.save(net, tmp_path / "net.pt")
+    assert_same(msun.load(path), net)

@@ -1,0 +1,121 @@
+"""The paper's four networks: parameters and costs to the digit, and what `lean` costs beside."""
+
+import functools
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import msun
+from msun.costs import parameter_count
+from msun.paper import hand_made, recipe_of
+
+SCALES = (32, 128, 224)
+SIZES = range(32, 225, 16)
+# cut, parameters M of the backbone and the whole, GMACs at 32, 128, 224, mean of 13 sizes in %
+ANCHORS = {
+    "resnet50": ("layer1", 25.56, 26.00, 3.551, 4.254, 4.089, -7.07, 2),
+    "densenet121": ("features.transition1", 7.98, 8.72, 1.996, 3.145, 2.834, -15.9, 1),
+    "vgg16_bn": ("features.23", 138.37, 141.84, 7.714, 9.183, 15.470, -35.6, 1),
+    "mobilenet_v2": ("features.9", 3.50, 3.87, 0.249, 0.344, 0.301, -15.1, 1),
+}
+GRIDS = {
+    "resnet50": (34, 64, 56), "densenet121": (17, 32, 28), "vgg16_bn": (29, 31, 28),
+    "mobilenet_v2": (16, 16, 14),
+}  # fmt: skip
+
+
+def stock(name):
+    """The backbone without data: shapes and costs need none."""
+    with torch.device("meta"):
+        return torchvision.models.get_model(name, weights=None).eval()
+
+
+@functools.cache
+def built(name, preset):
+    return msun.build(stock(name), ANCHORS[name][0], SCALES, preset=preset)
+
+
+def mean_saving(net):
+    costs = [net.macs(s) for s in SIZES]
+    return 100 * (sum(costs) / len(costs) / net.macs(224) - 1), max(costs) / net.macs(224)
+
+
+@pytest.mark.parametrize("name", ANCHORS)
+def test_fidelity(name):
+    _, before, after, *gmacs, saving, digits = ANCHORS[name]
+    backbone, net = stock(name), built(name, "paper")
+    assert net.origin.subnets == f"hand-made as in the paper: {name}"
+    assert round(parameter_count(backbone) / 1e6, 2) == before
+    assert round(parameter_count(net) / 1e6, 2) == after
+    assert [round(net.macs(s) / 1e9, 3) for s in SCALES] == gmacs
+    assert round(mean_saving(net)[0], digits) == saving
+    plans = [net.plan(s) for s in SCALES]
+    assert [plan.grid[0] for plan in plans] == list(GRIDS[name])
+    assert {plan.merged for plan in plans} == {(GRIDS[name][2],) * 2}
+    assert [net.route(s, s) for s in SIZES] == [32, *[128] * 6, *[224] * 6]
+
+
+@pytest.mark.parametrize(("name", "saved"), [("resnet50", 45), ("densenet121", 40)])
+def test_lean_arithmetic(name, saved):
+    net = built(name, "lean")
+    saving, dearest = mean_saving(net)
+    assert saving <= -saved
+    assert dearest == 1
+
+
+def test_lean_against_paper_at_every_size():
+    for name, most in (("resnet50", 0.55), ("densenet121", 0.65)):
+        lean, paper = built(name, "lean"), built(name, "paper")
+        assert all(lean.macs(s) <= paper.macs(s) for s in SIZES)
+        assert sum(map(lean.macs, SIZES)) <= most * sum(map(paper.macs, SIZES))
+
+
+def test_the_cut_may_have_its_other_name():
+    net = msun.build(stock("resnet50"), "layer1.2", SCALES, preset="paper")
+    assert net.origin.subnets.startswith("hand-made")
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "scales", "choices", "why"),
+    [
+        ("resnet50", "layer2", SCALES, {}, "the paper cuts resnet50 after 'layer1'"),
+        ("resnet50", "layer1", (32, 96, 224), {}, "the paper trains at 32, 128, 224 px"),
+        ("resnet18", "layer1", SCALES, {}, "the paper has no subnets for this backbone"),
+        ("resnet50", "layer1", SCALES, {"subnets": "shared"}, "weights of their own"),
+        ("resnet50", "layer1", SCALES, {"start": "dilated"}, "are not dilated"),
+    ],
+)
+def test_elsewhere_it_says_why_they_are_not_hand_made(name, at, scales, choices, why):
+    net = msun.build(stock(name), at, scales, preset="paper", **choices)
+    assert net.origin.subnets.startswith("strides taken out (")
+    assert why in net.origin.subnets
+    assert net.policy.merge == "full"
+
+
+def test_a_changed_backbone_is_not_taken_for_the_papers():
+    net = stock("resnet50")
+    assert recipe_of(net, ("layer1",), SCALES)[0] is not None
+    net.fc = nn.Linear(2048, 10)  # other classes are no change
+    assert recipe_of(net, ("layer1",), SCALES)[0] is not None
+    net.layer4[2].conv2.stride = (2, 2)
+    assert recipe_of(net, ("layer1",), SCALES)[0] is None
+    assert recipe_of(stock("resnet101"), ("layer1",), SCALES)[0] is None
+
+
+def test_small_kernels_come_from_the_old_one():
+    torch.manual_seed(0)
+    net = torchvision.models.resnet50(weights=None).eval()
+    head, _ = msun.cut(net, "layer1", torch.randn(2, 3, 64, 64))
+    recipe = recipe_of(net, ("layer1",), SCALES)[0]
+    weight = net.conv1.weight
+    for resample in (False, True):
+        small = hand_made(recipe, head, 32, resample=resample)
+        kernel = small.conv1.weight
+        assert kernel.shape == (64, 3, 3, 3)
+        assert torch.equal(kernel, weight[..., 2:5, 2:5]) is not resample
+        assert isinstance(small.maxpool, nn.Identity)
+        assert small(torch.randn(1, 3, 32, 32)).shape == (1, 256, 34, 34)
+    assert isinstance(head.maxpool, nn.MaxPool2d)
+    assert hand_made(recipe, head, 224, resample=False).conv1 is head.conv1
