@@ -1,0 +1,228 @@
+"""One step of training: losses at every scale, gradients over all shards, a move of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cka_probe.views import seeded
+from msun.average import Average
+from msun.losses import constraint_pairs, ensemble_distillation
+from msun.model import MSUN
+from msun.ranks import Ranks
+from msun.recipe import TrainConfig, groups, rate
+
+__all__ = ["Descent", "DivergedError"]
+
+_MAX_SKIPPED = 25  # loss scaling starts at 2**16: more halvings in a row mend nothing
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class DivergedError(ValueError):
+    """A loss or a gradient that is not finite; the weights are those before the step."""
+
+
+class Descent:
+    """A network, its optimiser and what else moves with every step.
+
+    Args:
+        model: Trained in place, at all its scales.
+        config: The choices.
+        total: Steps of the whole run.
+        kind: The constraint.
+        rows: Outputs that stand for the classes; None is all.
+        shards: Parts of a batch, over all processes.
+        ranks: The processes.
+        device: Where.
+
+    Attributes:
+        step: The next step, counted from 0.
+        sums: {part of the loss: sum over the steps since `clear`}, and how many "steps".
+        average: The running mean of the weights, or None.
+    """
+
+    def __init__(
+        self,
+        model: MSUN,
+        config: TrainConfig,
+        *,
+        total: int,
+        kind: str,
+        rows: list[int] | None,
+        shards: int,
+        ranks: Ranks,
+        device: torch.device,
+    ) -> None:
+        self.model, self.config, self.ranks, self.device = model, config, ranks, device
+        self.total, self.kind, self.rows, self.shards = total, kind, rows, shards
+        self.warmup = round(config.warmup * total)
+        after = config.distill_after
+        self.distill_from = self.warmup if after is None else round(after * total)
+        decayed = groups(model, config.weight_decay, decay_norms=config.decay_norms)
+        self.params: list[nn.Parameter] = [p for group in decayed for p in group["params"]]
+        self.optimiser = torch.optim.SGD(decayed, lr=config.lr, momentum=config.momentum)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+        self.average = None if config.ema is None else Average(model, config.ema)
+        self.step, self.skipped = 0, 0
+        self.sums: dict[str, float] = defaultdict(float)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step."""
+        return rate(max(0, self.step - 1), self.total, self.warmup, self.config.lr)
+
+    def descend(self, images: Mapping[int, Tensor], labels: Tensor) -> float:
+        """Make one step.
+
+        Args:
+            images: {side: (b, c, side, side)}, this process's part of the batch.
+            labels: (b,).
+
+        Returns:
+            The loss, mean over all shards.
+
+        Raises:
+            DivergedError: Something is not finite.
+        """
+        lr = rate(self.step, self.total, self.warmup, self.config.lr)
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        self.optimiser.zero_grad()
+        names, values = self._backward(images, labels)
+        grads = [p.grad for p in self.params if p.grad is not None]
+        self.ranks.sum([*grads, values])
+        self.scaler.unscale_(self.optimiser)
+        losses = dict(zip(names, values.tolist(), strict=True))
+        norm = nn.utils.get_total_norm(grads)
+        self._check(losses, float(norm))
+        if self.config.clip is not None:
+            nn.utils.clip_grads_with_norm_(self.params, self.config.clip, norm)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update(self.step)
+        self.step += 1
+        return float(losses["loss"])
+
+    def _backward(self, images: Mapping[int, Tensor], labels: Tensor) -> tuple[list[str], Tensor]:
+        """Gradients of the mean over all shards, as far as this process has them.
+
+        Batch norm sees each shard alone. Its running statistics are those of the first, as where
+        each shard is a process and rank 0 writes.
+        """
+        own = self.shards // self.ranks.size
+        cut = {side: x.to(self.device).chunk(own) for side, x in images.items()}
+        told = labels.to(self.device).chunk(own)
+        total: Tensor | None = None
+        first: list[Tensor] = []
+        for k in range(own):
+            with _numbers(self.device, self.config.seed, self.step, self.ranks.rank * own + k):
+                losses = self._losses({side: x[k] for side, x in cut.items()}, told[k])
+                self.scaler.scale(losses["loss"] / self.shards).backward()  # type: ignore[no-untyped-call]
+            values = torch.stack([x.detach().float() for x in losses.values()]) / self.shards
+            total = values if total is None else total + values
+            if k == 0 and own > 1:
+                first = [x.clone() for x in self.model.buffers()]
+        for now, kept in zip(self.model.buffers(), first, strict=False):
+            now.copy_(kept)
+        assert total is not None
+        return list(losses), total
+
+    def _losses(self, images: Mapping[int, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """Every part of the loss of one shard, and first the whole as "loss"."""
+        config, dtype = self.config, _DTYPES.get(self.config.amp or "")
+        zs: dict[int, Tensor] = {}
+        logits: dict[int, Tensor] = {}
+        with torch.autocast(self.device.type, dtype) if dtype else nullcontext():
+            for side, x in images.items():
+                out, z = self.model.step(x, side)
+                zs[side] = z.movedim(self.model.axes, (2, 3))  # channels-last maps as the others
+                logits[side] = (out if self.rows is None else out[:, self.rows]).float()
+        smooth = config.label_smoothing
+        parts = {
+            f"ce_{side}": F.cross_entropy(x, labels, label_smoothing=smooth)
+            for side, x in logits.items()
+        }
+        loss = torch.stack(list(parts.values())).sum()
+        for (a, b), value in constraint_pairs(zs, self.kind, tau=config.tau).items():
+            parts[f"constraint_{a}_{b}"] = value
+            loss = loss + config.constraint_weight * value.to(loss.dtype)
+        if config.distill and self.step >= self.distill_from:
+            for side, value in ensemble_distillation(logits).items():
+                parts[f"distill_{side}"] = value
+                loss = loss + config.distill * value
+        return {"loss": loss, **parts}
+
+    def _check(self, losses: Mapping[str, float], norm: float) -> None:
+        """Add up finite losses; fp16 may skip some steps, anything else that is not finite stops.
+
+        Raises:
+            DivergedError: It names the step and what is not finite.
+        """
+        bad = [f"{name} {x}" for name, x in losses.items() if not math.isfinite(x)]
+        bad += [] if math.isfinite(norm) else [f"norm of the gradient {norm}"]
+        if not bad:
+            self.skipped = 0
+            for name, x in losses.items():
+                self.sums[name] += x
+                self.sums[f"steps {name}"] += 1
+            return
+        self.skipped += 1  # the scaler takes no such step, and halves its scale
+        if self.config.amp != "fp16" or self.skipped > _MAX_SKIPPED:
+            rest = [text for text in bad if not text.startswith("loss")] or bad
+            raise DivergedError(f"training diverged: step {self.step}, {', '.join(rest)}")
+
+    def clear(self) -> dict[str, float]:
+        """The mean of each part of the loss since the last call."""
+        names = [name for name in self.sums if not name.startswith("steps ")]
+        means = {name: self.sums[name] / self.sums[f"steps {name}"] for name in names}
+        self.sums.clear()
+        return means
+
+    def state(self) -> dict[str, Any]:
+        """All that a step depends on, as tensors and plain types.
+
+        Raises:
+            DivergedError: Weights or statistics are not finite, so no state to go on from.
+        """
+        for name, x in self.model.state_dict().items():
+            if x.is_floating_point() and not bool(x.isfinite().all() | (x == -math.inf).any()):
+                raise DivergedError(f"training diverged: step {self.step}, {name} is not finite")
+        return {
+            "step": self.step,
+            "skipped": self.skipped,
+            "sums": dict(self.sums),
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": None if self.average is None else self.average.values,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self.step, self.skipped = state["step"], state["skipped"]
+        self.sums = defaultdict(float, state["sums"])
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load(state["average"])
+
+
+@contextmanager
+def _numbers(device: torch.device, *key: int) -> Iterator[None]:
+    """What a network draws (dropout) follows from `key`; the global state is as before."""
+    with seeded(*key):
+        if device.type != "cuda":
+            yield
+            return
+        with torch.random.fork_rng([device]):
+            torch.cuda.manual_seed(torch.initial_seed())
+            yield

@@ -1,0 +1,193 @@
+"""How a network is trained, as one value; the learning rate; which weights decay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from msun.losses import CONSTRAINTS
+
+__all__ = ["TrainConfig", "groups", "rate", "refuse_other"]
+
+# What says where and how, and changes no number of a finished run.
+_FREE = ("out", "device", "workers", "save_every_s", "resume", "overwrite", "progress")
+_AMP = (None, "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All choices of a training run.
+
+    Attributes:
+        out: Folder for model.pt, metrics.csv, config.json and, until the end, state.pt.
+        epochs: Passes over the training images.
+        max_steps: Stop after so many steps instead; the schedule spans them.
+        batch_size: Images a step, over all processes together.
+        lr: Highest learning rate, after the warm-up.
+        momentum: Of SGD.
+        weight_decay: Of SGD, on every weight.
+        decay_norms: Whether biases and the weights of norms decay too.
+        warmup: Share of the steps in which the rate rises linearly; then it falls as a cosine.
+        label_smoothing: Of the cross-entropies.
+        clip: Highest norm of the gradient; None does not clip.
+        constraint: "none", "raw", "normalised" or "cka"; None is what the network's policy says.
+        constraint_weight: What its sum is multiplied by.
+        tau: Parts of the constraint below it count as 0; None is 0.01 for "raw", else 0.
+        distill: Weight of ensemble distillation; 0 does without.
+        distill_after: Share of the steps before it begins; None is the warm-up.
+        ema: Decay of the running mean of weights and statistics, which is then what is measured
+            and kept; early on, (1 + step) / (10 + step) where that is smaller. None keeps none.
+        amp: Autocast to "bf16" or "fp16" (with loss scaling); None computes in float32.
+        augment: "auto" or "none" (see `msun.crops.augmentation`).
+        crop_area: Lowest and highest share of the area of a crop; None is by the data.
+        flip: Whether to mirror; None is by the data.
+        val_share: Share of the images that is kept from training and measured after each epoch.
+        rows: Outputs of the head that stand for the classes, in their order; None is all.
+        n_images: A seeded random subset; of the glyphs, how many are drawn.
+        mean: Channel means for pixels; None is what the network or else ImageNet says.
+        std: Channel standard deviations, likewise.
+        shards: Parts of a batch that batch norm sees apart; None is one for each process. Running
+            statistics are those of the first part.
+        seed: Of the subset, the split, the order, the crops and dropout.
+        device: Where; None is where the network is.
+        workers: Processes that decode images.
+        save_every_s: Seconds between saved states within an epoch; one is saved after each.
+        resume: Go on from the saved state, if there is one.
+        overwrite: Replace a finished or interrupted run in `out`.
+        progress: Show a progress bar.
+    """
+
+    out: str | Path
+    epochs: int = 30
+    max_steps: int | None = None
+    batch_size: int = 64
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    decay_norms: bool = True
+    warmup: float = 0.05
+    label_smoothing: float = 0.1
+    clip: float | None = None
+    constraint: str | None = None
+    constraint_weight: float = 1.0
+    tau: float | None = None
+    distill: float = 0.0
+    distill_after: float | None = None
+    ema: float | None = None
+    amp: str | None = None
+    augment: str = "auto"
+    crop_area: Sequence[float] | None = None
+    flip: bool | None = None
+    val_share: float = 0.1
+    rows: Sequence[int] | None = None
+    n_images: int | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    shards: int | None = None
+    seed: int = 0
+    device: str | None = None
+    workers: int = 0
+    save_every_s: float = 60.0
+    resume: bool = False
+    overwrite: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "max_steps", "batch_size", "shards"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"bad {name}: {value!r}: give a whole number of 1 or more")
+        for name in ("lr", "clip"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"bad {name}: {value!r}: give a number above 0")
+        for name in ("weight_decay", "constraint_weight", "tau", "distill", "seed", "workers"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"bad {name}: {value!r}: give a number of 0 or more")
+        for name in ("momentum", "warmup", "label_smoothing", "distill_after", "ema", "val_share"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"bad {name}: {value!r}: give a share, 0 <= share < 1")
+        if self.constraint is not None and self.constraint not in CONSTRAINTS:
+            known = ", ".join(CONSTRAINTS)
+            raise ValueError(f"unknown constraint: {self.constraint!r}: choose {known}")
+        if self.amp not in _AMP:
+            raise ValueError(f"unknown amp: {self.amp!r}: choose 'bf16' or 'fp16', or None")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite: both are on: choose one")
+        if (self.mean is None) != (self.std is None):
+            given = "mean" if self.std is None else "std"
+            raise ValueError(f"half a normalisation: only {given} is given: give mean and std")
+
+    def options(self) -> dict[str, Any]:
+        """What could change a number, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _FREE}
+
+
+def rate(step: int, total: int, warmup: int, lr: float) -> float:
+    """The learning rate of a step: linear warm-up, then a cosine (Loshchilov & Hutter 2017).
+
+    Args:
+        step: Counted from 0.
+        total: Steps of the run.
+        warmup: Steps of warm-up; the last of them has the full rate.
+        lr: The highest rate.
+    """
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    return lr * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+
+
+def groups(model: nn.Module, weight_decay: float, *, decay_norms: bool) -> list[dict[str, Any]]:
+    """Parameter groups for SGD; frozen parameters are in none.
+
+    Args:
+        model: The network.
+        weight_decay: Of matrices and kernels.
+        decay_norms: False: vectors (biases, weights of norms) do not decay.
+
+    Raises:
+        ValueError: Every parameter is frozen.
+    """
+    free = [p for p in model.parameters() if p.requires_grad]
+    if not free:
+        raise ValueError("nothing to train: every parameter is frozen: unfreeze some")
+    if decay_norms:
+        return [{"params": free, "weight_decay": weight_decay}]
+    kinds = {True: [p for p in free if p.ndim > 1], False: [p for p in free if p.ndim <= 1]}
+    return [
+        {"params": params, "weight_decay": weight_decay if decays else 0.0}
+        for decays, params in kinds.items()
+        if params
+    ]
+
+
+def refuse_other(saved: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
+    """Refuse what another run left, and name the first thing that differs.
+
+    Args:
+        saved: What the other run said of itself, by name.
+        wanted: What this run says, as JSON would return it.
+        what: "saved state" or "finished run".
+
+    Raises:
+        ValueError: They differ.
+    """
+    for name in sorted({*saved, *wanted}):
+        if saved.get(name) != wanted.get(name):
+            raise ValueError(
+                f"{what} of another run: {name} was {_short(saved.get(name))}, "
+                f"is {_short(wanted.get(name))}: run as before, or with overwrite (--overwrite) "
+                "and without resume"
+            )
+
+
+def _short(value: Any) -> str:
+    text = repr(value).replace(": ", "=")
+    return text if len(text) <= 40 else text[:18] + "..." + text[-18:]

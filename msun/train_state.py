@@ -1,0 +1,112 @@
+"""What a training run keeps on the disk: the state to go on from, the metrics, the options.
+
+Every file is whole or absent. Nothing random is in the state: order, crops and dropout follow from
+(seed, epoch, step, image).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cka_probe.files import plain, replacing
+from msun.recipe import refuse_other
+
+__all__ = ["CONFIG", "METRICS", "MODEL", "STATE", "load_state", "read_config", "read_metrics"]
+__all__ += ["save_state", "sweep", "write_config", "write_metrics"]
+
+MODEL, STATE, METRICS, CONFIG = "model.pt", "state.pt", "metrics.csv", "config.json"
+_FORMAT = 1
+_HALF = re.compile(r"\.[0-9a-f]{16}\.(pt|csv|json)")
+
+
+def save_state(folder: Path, run: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Write the state of a run, atomically.
+
+    Args:
+        folder: Of the run.
+        run: What names the run, as JSON would return it.
+        state: Tensors and plain types.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    with replacing(folder / STATE) as temporary:
+        torch.save({"format": _FORMAT, "run": json.dumps(run), **state}, temporary)
+
+
+def load_state(folder: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read the saved state of a run; nothing in the file is executed.
+
+    Args:
+        folder: Of the run.
+        run: What names the run.
+
+    Returns:
+        What was given to `save_state`, on the CPU; None where there is no state.
+
+    Raises:
+        ValueError: It is damaged, of a newer format, or of another run; the message names what
+            differs.
+    """
+    path = folder / STATE
+    if not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        form, saved = state.pop("format"), json.loads(state.pop("run"))
+    except MemoryError:
+        raise
+    except Exception as error:  # UnpicklingError, RuntimeError, EOFError, KeyError, ...
+        text = f"{path}: run with overwrite (--overwrite) and without resume"
+        raise ValueError(f"saved state cut short or damaged: {text}") from error
+    if form > _FORMAT:
+        raise ValueError(f"saved state of a newer format: {form}: update msun")
+    refuse_other(saved, run, "saved state")
+    return state
+
+
+def sweep(folder: Path) -> None:
+    """Remove the half files that a killed run left: those of `replacing`."""
+    for path in folder.iterdir():
+        if _HALF.fullmatch(path.name):
+            path.unlink()
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write all that repeats the run as config.json."""
+    with replacing(folder / CONFIG) as temporary:
+        text = json.dumps(plain(dict(config)), indent=2, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json of a run; empty where there is none that can be read."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def write_metrics(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write metrics.csv, one row an epoch; the first row names the columns."""
+    with (
+        replacing(folder / METRICS) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_metrics(folder: Path) -> list[dict[str, str]]:
+    """Read metrics.csv: a mapping an epoch, as text."""
+    with (folder / METRICS).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))

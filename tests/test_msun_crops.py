@@ -1,0 +1,177 @@
+"""Crops: the same at every scale, a function of (seed, epoch, image), antialiased once."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cka_probe.views import View
+from msun.crops import Augment, Crops, augmentation, shuffled
+from msun.data import open_labelled
+
+
+@pytest.fixture
+def pair():
+    return open_labelled((torch.rand(12, 3, 24, 20), [k % 3 for k in range(12)]))
+
+
+def batches(*args, epoch=0, workers=0, rows=None, **kwargs):
+    return list(Crops(*args, **kwargs).batches(rows or [[0, 5], [7]], epoch=epoch, workers=workers))
+
+
+def area_filter(length, side):
+    """The antialiased triangle filter as a (side, length) matrix, pixel by pixel."""
+    scale = length / side
+    out = np.zeros((side, length))
+    for i in range(side):
+        for j in range(length):
+            out[i, j] = max(0.0, 1 - abs((j + 0.5) - (i + 0.5) * scale) / max(scale, 1.0))
+    return out / out.sum(1, keepdims=True)
+
+
+def test_every_scale_shows_the_same_crop_resized_once(pair):
+    augment = Augment(area=(0.2, 0.9), flip=True)
+    ((looks, labels),) = batches(pair, (6, 9), augment, rows=[[3, 8, 1, 2]], seed=4)
+    assert labels.tolist() == [0, 2, 1, 2]
+    u = np.random.default_rng([4, 0, 1]).random((12, 5))
+    flips = set()
+    for place, i in enumerate([3, 8, 1, 2]):
+        top, left, height, width = augment.box(u[i], 24, 20)
+        crop = pair.load(i)[0][:, top : top + height, left : left + width].double().numpy()
+        flips.add(bool(u[i, 4] < 0.5))
+        if u[i, 4] < 0.5:
+            crop = crop[:, :, ::-1]
+        for side in (6, 9):
+            want = area_filter(height, side) @ crop @ area_filter(width, side).T
+            np.testing.assert_allclose(looks[side][place].numpy(), want, atol=1e-5)
+    assert flips == {True, False}
+
+
+def test_without_augmentation_it_is_the_view_of_the_probe(pair):
+    for looks, _ in batches(pair, (8, 20), None, (0.5,) * 3, (0.2,) * 3, rows=[[0, 5]]):
+        for side in (8, 20):
+            view = View(side, mean=(0.5,) * 3, std=(0.2,) * 3)
+            want = torch.stack([view(pair.load(i)[0]) for i in (0, 5)])
+            assert torch.equal(looks[side], want)
+
+
+def test_crops_are_normalised(pair):
+    plain = batches(pair, (8,), Augment(), seed=2)
+    other = batches(pair, (8,), Augment(), (0.1, 0.2, 0.3), (0.5, 1.0, 2.0), seed=2)
+    for (a, _), (b, _) in zip(plain, other, strict=True):
+        mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 1.0, 2.0])
+        want = (a[8] - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        torch.testing.assert_close(b[8], want)
+
+
+def test_a_crop_depends_on_seed_epoch_and_image_alone(pair):
+    (a, _), (b, _) = batches(pair, (8,), Augment(), seed=1)
+    ((c, _),) = batches(pair, (8,), Augment(), seed=1, rows=[[7, 5, 0]])
+    assert torch.equal(torch.cat([a[8], b[8]]), c[8][[2, 1, 0]])
+    ((d, _),) = batches(pair, (8,), Augment(), seed=1, epoch=1, rows=[[7, 5, 0]])
+    ((e, _),) = batches(pair, (8,), Augment(), seed=2, rows=[[7, 5, 0]])
+    assert not torch.equal(c[8], d[8])
+    assert not torch.equal(c[8], e[8])
+
+
+def test_memory_and_dataset_give_the_same():
+    from torch.utils.data import TensorDataset
+
+    images, labels = torch.rand(5, 3, 16, 16), torch.tensor([0, 1, 0, 1, 0])
+    stacked, listed = open_labelled((images, labels)), open_labelled(TensorDataset(images, labels))
+    assert listed.stacked([0]) is None
+    got = batches(stacked, (4, 8), Augment(), rows=[[4, 2]])
+    want = batches(listed, (4, 8), Augment(), rows=[[4, 2]])
+    for (a, x), (b, y) in zip(got, want, strict=True):
+        assert torch.equal(a[4], b[4])
+        assert torch.equal(a[8], b[8])
+        assert torch.equal(x, y)
+
+
+def test_grey_glyphs_are_resized_once_and_equal_to_three_channels():
+    data = open_labelled("glyphs", n_images=62)
+    ((looks, _),) = batches(data, (16, 64), augmentation("auto", data), rows=[[1, 40]])
+    whole = open_labelled((data.stacked(range(62))[0].contiguous(), data.stacked(range(62))[1]))
+    ((want, _),) = batches(whole, (16, 64), augmentation("auto", whole), rows=[[1, 40]])
+    assert looks[16].shape == (2, 3, 16, 16)
+    for side in (16, 64):
+        assert torch.equal(looks[side], want[side])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for k in range(8):
+        path = tmp_path / "pictures" / "ab"[k % 2] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shape = (20 + k, 30 - k, 3)
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(path)
+    return tmp_path / "pictures"
+
+
+def test_workers_change_nothing(folder):
+    data = open_labelled(folder)
+    rows = [[0, 7, 3], [1, 2], [6, 5]]
+    here = batches(data, (8, 12), Augment(), data.mean, data.std, rows=rows)
+    there = batches(data, (8, 12), Augment(), data.mean, data.std, rows=rows, workers=2)
+    assert len(here) == len(there) == 3
+    for (a, x), (b, y) in zip(here, there, strict=True):
+        assert torch.equal(x, y)
+        assert torch.equal(a[8], b[8])
+        assert torch.equal(a[12], b[12])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_cannot_be_read_is_named(folder, workers):
+    (folder / "a" / "2.png").write_bytes(b"")
+    data = open_labelled(folder)
+    with pytest.raises(ValueError, match=r"^cannot read image: 'a/2.png': "):
+        batches(data, (8,), Augment(), rows=[[0, 1, 2, 3]], workers=workers)
+
+
+def test_boxes_lie_inside_and_have_the_area_that_was_asked_for():
+    rng = np.random.default_rng(1)
+    augment = Augment(area=(0.3, 0.8), ratio=(0.5, 2.0))
+    shares, ratios = [], []
+    for _ in range(2000):
+        h, w = rng.integers(40, 90, 2).tolist()
+        top, left, height, width = augment.box(rng.random(5), h, w)
+        assert 0 <= top <= h - height
+        assert 0 <= left <= w - width
+        assert min(height, width) >= 1
+        if h == w or min(h, w) * 2**0.5 <= max(h, w):
+            continue
+        ratios.append(width / height)
+        shares.append(height * width / min(h, w) ** 2)
+    assert min(ratios) == pytest.approx(0.5, abs=0.1)
+    assert max(ratios) == pytest.approx(2.0, abs=0.2)
+    assert max(shares) <= 0.85
+    centre = Augment(area=(1.0, 1.0), ratio=(1.0, 1.0)).box(np.array([0.3, 0.3, 0.5, 0.5, 0]), 9, 5)
+    assert centre == (2, 0, 5, 5)
+    assert Augment(area=(0.01, 0.01)).box(np.full(5, 0.999), 3, 3)[2:] == (1, 1)
+
+
+def test_augmentation_by_data(pair, folder):
+    photographs = augmentation("auto", open_labelled(folder))
+    assert photographs.flip
+    assert augmentation("auto", pair) == Augment(area=(0.85, 1.0), ratio=(1.0, 1.0), flip=False)
+    assert augmentation("auto", pair, flip=True).flip
+    assert augmentation("auto", pair, area=[0.5, 0.7]).area == (0.5, 0.7)
+    assert augmentation("none", pair) is None
+    with pytest.raises(ValueError, match="unknown augmentation: 'some': "):
+        augmentation("some", pair)
+    with pytest.raises(ValueError, match="crop options without crops: "):
+        augmentation("none", pair, flip=False)
+    for area in ([0.5], [0.0, 1.0], [0.7, 0.5], [0.5, 1.5], [float("nan"), 1.0]):
+        with pytest.raises(ValueError, match="bad crop area: "):
+            augmentation("auto", pair, area=area)
+    with pytest.raises(ValueError, match="bad crop ratio: "):
+        Augment(ratio=(2.0, 1.0))
+
+
+def test_the_order_of_an_epoch():
+    first = shuffled(100, 3, 0)
+    assert sorted(first.tolist()) == list(range(100))
+    assert first.tolist() == shuffled(100, 3, 0).tolist()
+    assert first.tolist() != shuffled(100, 3, 1).tolist()
+    assert first.tolist() != shuffled(100, 4, 0).tolist()

@@ -1,0 +1,126 @@
+"""Training that diverges, and options that are refused: named, with the way out."""
+
+import csv
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from training import images, network, options, run, same, weights
+
+from msun.descent import Descent
+from msun.recipe import TrainConfig
+from msun.train import train
+
+
+def table(path):
+    with (path.parent / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class Broken:
+    """Spoils the loss of some steps."""
+
+    def __init__(self, monkeypatch, steps, value=float("nan")):
+        whole = Descent._losses
+
+        def spoilt(descent, looks, labels):
+            losses = whole(descent, looks, labels)
+            if descent.step in steps:
+                losses = {k: x * value if k in ("loss", "ce_8") else x for k, x in losses.items()}
+            return losses
+
+        monkeypatch.setattr(Descent, "_losses", spoilt)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, value):
+    Broken(monkeypatch, {7}, value)
+    out = tmp_path / "out"
+    text = rf"^training diverged: step 7, ce_8 {value}, norm of the gradient nan: the last good "
+    with pytest.raises(ValueError, match=rf"{text}state, after 5 steps, is .*state.pt; lower lr"):
+        run(out)
+    assert not (out / "model.pt").exists()
+    state = torch.load(out / "state.pt", weights_only=True)
+    assert all(x.isfinite().all() for x in state["model"].values())
+    monkeypatch.undo()
+    model, _ = run(out, resume=True)
+    assert same(weights(model), weights(run(tmp_path / "whole")[0]))
+
+
+def test_without_a_saved_state_the_error_says_so(tmp_path, monkeypatch):
+    Broken(monkeypatch, {2})
+    with pytest.raises(ValueError, match=r"training diverged: step 2, .*: nothing was saved yet"):
+        run(tmp_path / "out")
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_do(tmp_path, monkeypatch):
+    model = network()
+    model.tail.get_parameter("fc.bias").register_hook(lambda grad: grad * math.inf)
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"^training diverged: step 0, norm of the gradient "):
+        train(model, images(), options(tmp_path / "out"))
+    for key, p in model.named_parameters():
+        assert torch.equal(p, before[key])
+
+
+def test_statistics_that_overflow_are_not_saved(tmp_path):
+    x, y = images()
+    x[7] = 1e30  # batch norm divides it away, its running variance does not
+    text = r"^training diverged: step 6, .*running_var is not finite: nothing was saved yet; "
+    with pytest.raises(ValueError, match=text):
+        run(tmp_path / "out", data=(x, y), augment="none", val_share=0.0)
+    assert not (tmp_path / "out" / "state.pt").exists()
+
+
+def test_fp16_skips_single_steps_and_gives_up_on_many(tmp_path, monkeypatch):
+    Broken(monkeypatch, {2, 3})
+    model, path = run(tmp_path / "out", amp="fp16", ema=None)
+    assert all(x.isfinite().all() for x in model.parameters())
+    assert all(math.isfinite(float(row["loss"])) for row in table(path))
+    Broken(monkeypatch, set(range(99)))
+    with pytest.raises(ValueError, match="training diverged: step 25, "):
+        run(tmp_path / "other", amp="fp16", max_steps=40)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"data": images(48, classes=5)},
+         r"head does not fit the data: 4 outputs for the 5 classes of 'tensor 48x3x16x16': "),
+        ({"rows": [0, 1]}, "bad rows: 2 rows of 4 outputs for 4 classes: "),
+        ({"rows": [0, 1, 2, 4]}, "bad rows: 4 rows of 4 outputs"),
+        ({"rows": [0, 1, 2, 2]}, "bad rows: "),
+        ({"rows": [0, 1, 2, -1]}, "bad rows: "),
+        ({"batch_size": 64}, "too few training images: 40 of 48, for batches of 64: "),
+        ({"shards": 3}, "batch cannot be shared out: 8 images, 3 shards, 1 processes: "),
+        ({"augment": "much"}, "unknown augmentation: 'much': "),
+    ],
+)  # fmt: skip
+def test_what_is_refused_leaves_nothing(tmp_path, changes, text):
+    with pytest.raises(ValueError, match=f"^{text}"):
+        run(tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_way(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ValueError, match="output is not a folder: "):
+        run(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 0), ("epochs", 1.5), ("max_steps", 0), ("batch_size", -1), ("lr", 0.0),
+        ("lr", math.nan), ("clip", 0.0), ("weight_decay", -1.0), ("tau", -0.1), ("momentum", 1.0),
+        ("ema", 1.0), ("val_share", 1.0), ("label_smoothing", -0.1), ("warmup", 2.0), ("seed", -1),
+        ("distill", math.inf), ("amp", "fp8"), ("constraint", "hard"), ("mean", (0.5,)),
+    ],
+)  # fmt: skip
+def test_bad_options_are_named(tmp_path, name, value):
+    with pytest.raises(ValueError, match=name) as caught:
+        TrainConfig(out=tmp_path, **{name: value})
+    assert re.fullmatch(r"[^:]+: [^:]+: [^:]+", str(caught.value))
+    assert replace(TrainConfig(out=tmp_path), epochs=2).epochs == 2

@@ -1,0 +1,273 @@
+"""A run that is killed, at any moment and any number of times, ends as one that was left alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from training import images, network, options, run, same, weights
+
+from msun import checkpoint
+from msun.train import train
+
+HERE = Path(__file__).resolve().parent
+
+# One interpreter, and a fork for each run: a child kills itself at its moment.
+SCRIPT = """
+import json, os, signal, sys
+import torch
+
+torch.set_num_threads(1)
+sys.path.insert(0, {here!r})
+from msun import checkpoint, descent, train_state
+import training
+
+first = training.network()  # one for all: a child's changes are its own
+training.network = lambda *args, **kwargs: first
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def after(owner, name, count, *, before=False, half=False):
+    whole, calls = getattr(owner, name), [0]
+
+    def wrapped(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == count and half:
+            torch.save = lambda content, path: (open(path, "wb").write(b"PK half a file"), die())
+        if calls[0] == count and before:
+            die()
+        out = whole(*args, **kwargs)
+        if calls[0] == count:
+            die()
+        return out
+
+    setattr(owner, name, wrapped)
+
+
+PLACES = {{
+    "step": (descent.Descent, "descend"),
+    "save": (train_state, "save_state"),
+    "metrics": (train_state, "write_metrics"),
+    "config": (train_state, "write_config"),
+    "model": (checkpoint, "save"),
+}}
+for out, place, count, how, options in json.loads(sys.argv[1]):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            after(*PLACES[place], count, **{{how: True}} if how else {{}})
+            training.run(out, **options)
+        finally:
+            os._exit(9)
+    status = os.waitpid(pid, 0)[1]
+    print(os.WTERMSIG(status) if os.WIFSIGNALED(status) else -os.WEXITSTATUS(status))
+"""
+
+# A run has 3 epochs of 5 steps.
+MOMENTS = [
+    ("config", 1, "", {}),
+    ("step", 1, "", {}),
+    ("step", 4, "", {"save_every_s": 0.0}),
+    ("step", 7, "", {"save_every_s": 3600.0}),
+    ("step", 12, "before", {"save_every_s": 0.0}),
+    ("save", 3, "half", {"save_every_s": 0.0}),
+    ("save", 1, "half", {"save_every_s": 3600.0}),
+    ("save", 8, "", {"save_every_s": 0.0}),
+    ("metrics", 2, "", {}),
+    ("metrics", 3, "", {}),
+    ("save", 3, "", {"save_every_s": 3600.0}),
+    ("model", 1, "before", {}),
+    ("model", 1, "half", {}),
+    ("model", 1, "", {}),
+]
+
+
+def kill(jobs):
+    script = SCRIPT.format(here=str(HERE))
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(jobs)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=HERE.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(int(signal.SIGKILL))] * len(jobs), done.stderr
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """One folder for each moment, as the killed run left it."""
+    folders = [tmp_path_factory.mktemp("killed") / "out" for _ in MOMENTS]
+    kill([(str(out), *moment) for out, moment in zip(folders, MOMENTS, strict=True)])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that was left alone: weights, metrics without the seconds."""
+    model, path = run(tmp_path_factory.mktemp("whole") / "out")
+    return weights(model), numbers(path.parent)
+
+
+def numbers(out):
+    rows = [line.rsplit(",", 1) for line in (out / "metrics.csv").read_text().splitlines()]
+    assert rows[0][1] == "seconds"
+    return [row[0] for row in rows]
+
+
+@pytest.mark.parametrize("k", range(len(MOMENTS)), ids=lambda k: "-".join(map(str, MOMENTS[k][:3])))
+def test_a_killed_run_ends_as_if_left_alone(killed, whole, k):
+    out = killed[k]
+    before = {path.name for path in out.iterdir()}
+    assert ("model.pt" in before) == (MOMENTS[k][:3] == ("model", 1, ""))
+    model, path = run(out, resume=True)
+    assert same(weights(model), whole[0])
+    assert same(checkpoint.read(path)["state"], whole[0])
+    assert numbers(out) == whole[1]
+    left = {path.name for path in out.iterdir()}
+    assert left - {"state.pt"} == {"model.pt", "metrics.csv", "config.json"}
+    assert ("state.pt" in left) == ("model.pt" in before)
+
+
+def test_killed_again_and_again(tmp_path, whole):
+    out = tmp_path / "out"
+    jobs = [(str(out), "step", 3, "", {"save_every_s": 0.0, "resume": True})] * 4
+    kill(jobs)  # each falls back by the step that was not saved: 2 steps further
+    state = torch.load(out / "state.pt", weights_only=True)
+    assert state["step"] == 8
+    model, _ = run(out, resume=True)
+    assert same(weights(model), whole[0])
+    assert numbers(out) == whole[1]
+
+
+def test_the_options_of_saving_change_nothing(tmp_path, whole):
+    model, _ = run(tmp_path / "out", save_every_s=0.0, workers=2)
+    assert same(weights(model), whole[0])
+
+
+def test_a_run_in_one_shard_or_with_fp16_resumes_too(tmp_path):
+    for k, more in enumerate(({"shards": 2}, {"amp": "bf16"}, {"max_steps": 9}, {"ema": None})):
+        model, _ = run(tmp_path / f"whole{k}", **more)
+        out = tmp_path / f"cut{k}"
+        interrupt(out, 7, **more)
+        again, _ = run(out, resume=True, **more)
+        assert same(weights(again), weights(model)), more
+
+
+def interrupt(out, step, **more):
+    """Stop a run by an exception after a step that was saved."""
+    from msun.descent import Descent
+
+    whole = Descent.descend
+
+    def stopping(self, *args):
+        if self.step == step:
+            raise KeyboardInterrupt
+        return whole(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Descent, "descend", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(out, save_every_s=0.0, **more)
+    assert (out / "state.pt").exists()
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("interrupted") / "out"
+    interrupt(out, 6)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"lr": 0.06}, r"lr was 0\.05, is 0\.06"),
+        ({"seed": 1}, "(data|seed) was "),
+        ({"epochs": 4}, "epochs was 3, is 4"),
+        ({"max_steps": 9}, "max_steps was None, is 9"),
+        ({"constraint": "raw"}, "constraint was 'normalised', is 'raw'"),
+        ({"flip": True}, "flip was None, is True"),
+        ({"shards": 2}, "shards was 1, is 2"),
+        ({"scales": (8, 12, 16)}, "(model|scales) was "),
+        ({"preset": "paper"}, "(model|constraint) was "),
+        ({"data": images(seed=1)}, "data was "),
+        ({"data": images(n=52)}, "data was "),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_run_is_refused_by_name(interrupted, changes, named):
+    with pytest.raises(ValueError, match=f"^saved state of another run: {named}"):
+        run(interrupted, resume=True, **changes)
+
+
+def test_another_start_is_refused(interrupted):
+    model = network()
+    with torch.no_grad():
+        next(model.parameters())[0, 0, 0, 0] += 1e-3
+    with pytest.raises(ValueError, match="saved state of another run: model was "):
+        train(model, images(), options(interrupted, resume=True))
+
+
+def test_where_and_how_may_change(interrupted, whole, tmp_path):
+    import shutil
+
+    out = tmp_path / "moved"
+    shutil.copytree(interrupted, out)
+    model, _ = run(out, resume=True, workers=1, save_every_s=9.0, device="cpu")
+    assert same(weights(model), whole[0])
+
+
+def test_without_resume_what_is_there_is_refused(interrupted, tmp_path):
+    with pytest.raises(ValueError, match=r"^a run is there already: .*state.pt: resume "):
+        run(interrupted)
+    _, path = run(tmp_path / "out", max_steps=2)
+    with pytest.raises(ValueError, match=r"^a run is there already: .*model.pt: resume "):
+        run(tmp_path / "out", max_steps=2)
+    stamp = path.stat().st_mtime_ns
+    model, again = run(tmp_path / "out", max_steps=2, overwrite=True)
+    assert again.stat().st_mtime_ns > stamp
+    assert same(checkpoint.read(again)["state"], weights(model))
+
+
+def test_a_finished_run_returns_at_once(tmp_path, monkeypatch):
+    model, path = run(tmp_path / "out", max_steps=2)
+    stamp = path.stat().st_mtime_ns
+    monkeypatch.setattr("msun.descent.Descent.descend", None)
+    again, there = run(tmp_path / "out", max_steps=2, resume=True)
+    assert there == path
+    assert path.stat().st_mtime_ns == stamp
+    assert same(weights(again), weights(model))
+    with pytest.raises(ValueError, match=r"^finished run of another run: lr was "):
+        run(tmp_path / "out", max_steps=2, resume=True, lr=0.01)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK half", b"\x80\x02}q\x00."])
+def test_damaged_states_are_named(interrupted, tmp_path, content):
+    out = tmp_path / "out"
+    out.mkdir()
+    whole = (interrupted / "state.pt").read_bytes()
+    (out / "state.pt").write_bytes(content + (whole[6:-2000] if content == b"" else b""))
+    with pytest.raises(ValueError, match=r"^saved state cut short or damaged: .*state.pt: "):
+        run(out, resume=True)
+
+
+def test_overwrite_begins_anew(interrupted, tmp_path, whole):
+    import shutil
+
+    out = tmp_path / "out"
+    shutil.copytree(interrupted, out)
+    model, _ = run(out, overwrite=True)
+    assert same(weights(model), whole[0])
+    with pytest.raises(ValueError, match="resume and overwrite: both are on: "):
+        replace(options(out), resume=True, overwrite=True)
