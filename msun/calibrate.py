@@ -1,0 +1,211 @@
+"""Batch norm statistics for sizes that a network was not trained at, from training images.
+
+Re-estimated statistics: Yu et al. 2019 (slimmable networks), Yang et al. 2020 (MutualNet).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cka_probe.collect import preserved_rng
+from cka_probe.forwards import _device_of, _move
+from cka_probe.images import order
+from cka_probe.layers import unwrap
+from cka_probe.models import LoadedModel
+from cka_probe.progress import progress_bar
+from cka_probe.views import check_scales
+from msun.agree import normalisation
+from msun.crops import Crops
+from msun.data import Labelled, open_labelled
+from msun.model import MSUN
+from msun.norms import install, recalibrate, select, sized_norms
+
+__all__ = ["calibrate", "recalibrated"]
+
+Network = TypeVar("Network", bound="nn.Module | LoadedModel")
+
+
+def calibrate(
+    model: MSUN,
+    data: Any,
+    sizes: Sequence[int],
+    *,
+    n_images: int = 200,
+    batch_size: int = 64,
+    split: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+    device: Any = None,
+    workers: int = 0,
+    progress: bool = True,
+) -> MSUN:
+    """Re-estimate the batch norm statistics of subnets and trunk for further sizes, in place.
+
+    An image of one of these sizes is from then on normalised by them; weights, biases and the
+    statistics of other sizes stay, and `msun.checkpoint.save` keeps them. A trained size whose
+    norms are its own ("private") has its statistics already and is passed over.
+
+    Args:
+        model: the network.
+        data: training images, as for `open_labelled`; the labels are not used. Those that are
+            tested on would make the test easier than it is.
+        sizes: sides in pixels.
+        n_images: how many, seeded; all where there are fewer.
+        batch_size: images a batch, at most; batches are made equal, since each is normalised by
+            its own statistics on the way.
+        split: as in `open_labelled`.
+        mean: channel means for pixels; None: the network's own, else ImageNet's.
+        std: channel standard deviations.
+        seed: of the choice of images.
+        device: where to run; None for where the network is.
+        workers: processes that decode images.
+        progress: show a progress bar.
+
+    Returns:
+        The same network.
+
+    Raises:
+        ImageError: an image that cannot be read, by name.
+        TypeError: a network that is no MSUN.
+        ValueError: no batch norm to re-estimate, a size that the network cannot take, or bad
+            options.
+    """
+    if not isinstance(model, MSUN):
+        kind = type(model).__name__
+        raise TypeError(f"not an MSUN: {kind}: use msun.recalibrated, or build one")
+    sides = check_scales(sizes)
+    if model.policy.norm == "private":
+        sides = [side for side in sides if side not in model.scales]
+    images = _Images(model, data, n_images, batch_size, split, mean, std, seed, workers)
+    _estimate(model, sides, images, device, progress)
+    return model
+
+
+def recalibrated(
+    model: Network,
+    data: Any,
+    sizes: Sequence[int],
+    *,
+    n_images: int = 200,
+    batch_size: int = 64,
+    split: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+    device: Any = None,
+    workers: int = 0,
+    progress: bool = True,
+) -> Network:
+    """A copy of any network with batch norm statistics re-estimated for each size.
+
+    The copy normalises images of these sizes by their own statistics, all others as before; its
+    modules keep their paths. It is what a network with one set of weights can have for the asking,
+    and so the baseline that a multi-scale network must beat.
+
+    Args:
+        model: any network, or what `load_model` gave.
+        data: as for `calibrate`, as are the other options.
+        sizes: sides in pixels.
+        n_images: how many.
+        batch_size: images a batch, at most.
+        split: as in `open_labelled`.
+        mean: channel means for pixels.
+        std: channel standard deviations.
+        seed: of the choice of images.
+        device: where to run.
+        workers: processes that decode images.
+        progress: show a progress bar.
+
+    Returns:
+        As what was given: a network, or a loaded model with the copy in it.
+
+    Raises:
+        ImageError: an image that cannot be read, by name.
+        ValueError: as `calibrate`.
+    """
+    plain = unwrap(model.model if isinstance(model, LoadedModel) else model)
+    images = _Images(model, data, n_images, batch_size, split, mean, std, seed, workers)
+    twin = copy.deepcopy(plain)
+    if not isinstance(twin, MSUN):
+        install(twin)
+        if _select_by_size not in twin._forward_pre_hooks.values():
+            twin.register_forward_pre_hook(_select_by_size)
+    _estimate(twin, check_scales(sizes), images, device, progress)
+    if isinstance(model, LoadedModel):
+        return dataclasses.replace(model, model=twin)
+    return twin  # type: ignore[return-value]
+
+
+def _select_by_size(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Before a forward: the norms inside work for images of that size."""
+    if args and isinstance(args[0], Tensor) and args[0].ndim == 4:
+        h, w = args[0].shape[-2:]
+        select(module, 0, (int(h), int(w)))
+
+
+class _Images:
+    """Training images in equal batches at one size."""
+
+    def __init__(
+        self,
+        model: nn.Module | LoadedModel,
+        data: Any,
+        n_images: int,
+        batch_size: int,
+        split: str | None,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+        seed: int,
+        workers: int,
+    ) -> None:
+        for what, count in (("n_images", n_images), ("batch_size", batch_size)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"bad {what}: {count!r}: give a whole number of 1 or more")
+        drawn = n_images if isinstance(data, str) and data == "glyphs" else None
+        source: Labelled = open_labelled(data, split=split, n_images=drawn, seed=seed)
+        chosen = order(len(source), seed)[:n_images]
+        parts = np.array_split(chosen, math.ceil(len(chosen) / batch_size))
+        self.rows = [part.tolist() for part in parts]
+        self.source, self.workers = source, workers
+        self.mean, self.std = normalisation(mean, std, model, source)
+
+    def at(
+        self, side: int, device: torch.device, dtype: torch.dtype
+    ) -> Generator[Tensor, None, None]:
+        """The batches at one side, (b, c, side, side)."""
+        looks = Crops(self.source, (side,), None, self.mean, self.std)
+        with closing(looks.batches(self.rows, workers=self.workers)) as stream:
+            for views, _ in stream:
+                yield views[side].to(device, dtype)
+
+
+def _estimate(
+    model: nn.Module, sides: list[int], images: _Images, target: Any, progress: bool
+) -> None:
+    """Statistics for each side."""
+    if not sized_norms(model):
+        text = type(model).__name__
+        raise ValueError(f"no batch norm to re-estimate: {text}: evaluate it without calibration")
+    floats = (p.dtype for p in model.parameters() if p.is_floating_point())
+    dtype = next(floats, torch.float32)
+    with ExitStack() as stack:
+        stack.enter_context(preserved_rng())
+        _move(model, target, stack)
+        bar = stack.enter_context(
+            progress_bar(len(sides), desc="calibrate", unit="size", show=progress)
+        )
+        for side in sides:
+            with closing(images.at(side, _device_of(model), dtype)) as batches:
+                recalibrate(model, batches, side)
+            bar.update()
+        bar.leave = True
