@@ -1,5 +1,35 @@
 """Multi-scale networks: where to cut a network, and the two halves."""
 
-from msun.cut import cut, cut_points
+from msun.build import build
+from msun.calibrate import calibrate, recalibrated
+from msun.checkpoint import load, save
+from msun.cut import cut, cut_points, find_cuts
+from msun.evaluate import compare, evaluate
+from msun.heads import head_costs
+from msun.model import MSUN
+from msun.scores import Predictions
+from msun.split import suggest_split
+from msun.split_choice import SplitChoice
+from msun.split_rules import SPLIT_RULES
+from msun.train import TrainConfig, train
 
-__all__ = ["cut", "cut_points"]
+__all__ = [
+    "MSUN",
+    "SPLIT_RULES",
+    "Predictions",
+    "SplitChoice",
+    "TrainConfig",
+    "build",
+    "calibrate",
+    "compare",
+    "cut",
+    "cut_points",
+    "evaluate",
+    "find_cuts",
+    "head_costs",
+    "load",
+    "recalibrated",
+    "save",
+    "suggest_split",
+    "train",
+]

@@ -13,18 +13,26 @@ from collections.abc import Sequence
 from cka_probe.cli import _joined, _Parser
 from cka_probe.cli_commands import version_line
 from cka_probe.cli_output import explain
-from msun import cli_cuts
+from msun import cli_build, cli_cuts, cli_demo, cli_eval, cli_suggest, cli_train
 
 PROG = "msun"
-COMMANDS = (cli_cuts,)  # in the order of the work
+COMMANDS = (
+    cli_cuts,
+    cli_suggest,
+    cli_build,
+    cli_train,
+    cli_eval,
+    cli_demo,
+)  # in the order of the work
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = _Parser(
         prog=PROG,
-        description="One network for images of any size: where to cut it.",
-        epilog="Start with: msun cuts --model resnet18",
+        description="One network for images of any size: where to cut it, building, training and "
+        "measuring it.",
+        epilog="Start with: msun demo --out out/msun",
     )
     parser.add_argument("--version", action="version", version=version_line())
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"pip install {' '.join(MI
 nbformat = pytest.importorskip("nbformat")
 
 PROBE = REPOSITORY / "notebooks" / "1-probe-a-network.ipynb"
+SPLIT = PROBE.with_name("2-choose-a-split.ipynb")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 YOURS = """
@@ -191,6 +192,48 @@ def test_one_cell_changed_probes_your_own_network_and_folder(tmp_path):
     assert report.layers == ["0", "1"]
     assert report.meta["n_images"] == 72
     assert report.meta["resize"] == "restore"
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("split")
+    return folder, execute(nbformat.read(SPLIT, as_version=4), folder)
+
+
+def test_a_split_is_suggested_as_the_words_say(split):
+    folder, notebook = split
+    check_clean(notebook)
+    shown = shown_by(notebook)
+    told = json.loads((folder / "split.json").read_text())
+    assert (told["view"], told["reference"], told["rule"]) == ("16", "64", "recovery")
+    values = [point["cka"] for point in told["curve"]]
+    assert values == sorted(values, reverse=True), "the words say that the curve only falls"
+    assert not told["clear"]
+    assert shown["clear"]["text/plain"] == f"(False, {told['layer']!r}, ('there is no recovery',))"
+    page = shown["suggest"]["text/html"]
+    assert f"no clear split; at best {told['layer']}" in page
+    assert page.count("<tr") == 1 + len(told["ranking"])
+    assert len(shown["curve"]["image/png"]) > 5000
+    rules = shown["rules"]["text/plain"].splitlines()[1:]
+    answers = {line.split()[0]: line.split()[1] for line in rules}
+    assert answers["recovery"] == told["layer"]
+    assert answers["threshold"] == "None"
+    assert answers["cheap"] == "stem"
+
+
+def test_one_cell_changed_suggests_a_split_of_your_own_network(tmp_path):
+    notebook = nbformat.read(SPLIT, as_version=4)
+    (yours,) = (cell for cell in notebook.cells if "yours" in cell.metadata.get("tags", []))
+    yours.source = YOURS.strip()
+    (tmp_path / "my photos").mkdir()
+    generator = np.random.default_rng(0)
+    for k in range(70):
+        pixels = generator.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((20, 20)).save(tmp_path / "my photos" / f"{k}.png")
+    check_clean(execute(notebook, tmp_path))
+    told = json.loads((tmp_path / "split.json").read_text())
+    assert (told["view"], told["reference"]) == ("12", "16")
+    assert {row["layer"] for row in told["ranking"]} == {"0", "1"}
 
 
 @pytest.mark.parametrize("path", sorted(PROBE.parent.glob("*.ipynb")), ids=lambda path: path.stem)
