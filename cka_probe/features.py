@@ -90,6 +90,12 @@ def cka_matrix(
 
     Raises:
         ValueError: unequal n, n < 4, not 2-D, NaN or Inf, unknown kernel, no features.
+
+    >>> import numpy as np
+    >>> x = np.random.default_rng(0).normal(size=(100, 8))
+    >>> report = cka_matrix({"all": x, "half": x[:, :4], "turned": -2.0 * x[:, ::-1]})
+    >>> [round(value, 2) for value in report.between().loc["all"]]
+    [1.0, 0.63, 1.0]
     """
     if not features:
         raise ValueError("no features: {}: give at least one name and its (n, d) features")
@@ -144,6 +150,11 @@ def permutation_test(
 
     Raises:
         ValueError: as `cka`, or n < 1.
+
+    >>> import numpy as np
+    >>> x = np.random.default_rng(0).normal(size=(50, 8))
+    >>> permutation_test(x, x + 1.0, n=99)[1]
+    0.01
     """
     if n < 1:
         raise ValueError(f"too few permutations: {n}: give n >= 1, usually 999")

@@ -169,6 +169,10 @@ def cka_loss(
 
     Raises:
         ValueError: unequal n, fewer than 4 images, not 2-D, or an unknown kernel.
+
+    >>> x = torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
+    >>> round(float(cka_loss(x, 2.0 * x + 1.0)), 4)
+    1.0
     """
     if x.ndim != 2 or y.ndim != 2 or x.shape[0] != y.shape[0]:
         shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"

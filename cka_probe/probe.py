@@ -101,6 +101,12 @@ def probe(
     Raises:
         ValueError: bad input, named; a size that the network refuses; NaN or Inf features; a
             saved state of another run.
+
+    >>> from cka_probe import glyphnet, glyphs
+    >>> images, _ = glyphs.tensor("test", 64)
+    >>> report = probe(glyphnet.glyphnet(), images, [16, 64], batch_size=16, progress=False)
+    >>> report.against().shape, report.cka.shape
+    ((7, 2), (14, 14))
     """
     run = Run(
         model, images, scales, views=views, layers=layers, reference=reference, resize=resize,

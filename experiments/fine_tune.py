@@ -88,7 +88,7 @@ def imagenet_rows(data: Path) -> list[int]:
 TASKS = {
     "mobilenetv2": Task(
         mobilenetv2, lambda data, _: data / "images" / "imagenette224", imagenet_rows,
-        [32, 64, 128, 224], [32, 64, 128], list(range(32, 225, 16)), 224, 3, 0.003, None,
+        [32, 64, 128, 224], [32, 64, 128], list(range(32, 225, 16)), 224, 6, 0.003, None,
     ),
     "resnet20": Task(
         cifar_resnet20, cifar, lambda _: None,

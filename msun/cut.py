@@ -55,6 +55,10 @@ def cut_points(model: nn.Module, example: Tensor | None = None) -> list[str]:
         TypeError: not a network, or a scripted one.
         ValueError: no valid cut, with the reason; a network that cannot be followed, that cannot
             take the example, or that has hooks on a container.
+
+    >>> from torchvision.models import resnet18
+    >>> cut_points(resnet18())[:4]
+    ['conv1', 'bn1', 'relu', 'maxpool']
     """
     return [found.name for found in find_cuts(model, example)]
 
@@ -105,6 +109,12 @@ def cut(model: nn.Module, at: str, example: Tensor | None = None) -> tuple[nn.Mo
         TypeError: as for `cut_points`.
         ValueError: an unknown module (the message has near names), one after which no cut is
             valid, with the reason; and as for `cut_points`.
+
+    >>> from torchvision.models import resnet18
+    >>> model, x = resnet18().eval(), torch.zeros(1, 3, 64, 64)
+    >>> head, tail = cut(model, "layer2")
+    >>> head(x).shape, torch.equal(tail(head(x)), model(x))
+    (torch.Size([1, 128, 8, 8]), True)
     """
     survey = _Survey(model, example, at)
     model, at = survey.model, survey.at

@@ -59,6 +59,15 @@ def suggest_split(
         TypeError: cuts or a rule of another kind.
         ValueError: an unknown rule or view, a report of one view, one without any of these cuts
             (of another network, perhaps), or without values; delta or level out of range.
+
+    >>> from cka_probe import glyphs, probe
+    >>> from cka_probe.glyphnet import glyphnet
+    >>> from msun import find_cuts
+    >>> images, _ = glyphs.tensor("train", 64)
+    >>> how = {"resize": "restore", "batch_size": 16, "progress": False}
+    >>> report = probe(glyphnet(), images, [16, 64], **how)
+    >>> suggest_split(report, find_cuts(glyphnet(), images[:2])).layer
+    'layer1.0'
     """
     name, judge = get_rule(rule)
     for what, number in (("delta", delta), ("level", level)):

@@ -1,6 +1,6 @@
 """What is checked of every architecture, and the table of it in docs/architectures.md.
 
-`python tests/architectures.py rows.json` writes the table, in about TODO minutes on one core; the
+`python tests/architectures.py rows.json` writes the table, in about ten minutes on one core; the
 rows that are in the file already are not made again.
 """
 

@@ -137,11 +137,3 @@ def test_permutation_test_repeats_and_leaves_the_global_state():
         permutation_test(x, y, n=0)
     with pytest.warns(DegenerateWarning):
         assert np.isnan(permutation_test(torch.zeros(20, 3), y)[1])
-
-
-def test_doctests():
-    import doctest
-
-    import cka_probe.features
-
-    assert doctest.testmod(cka_probe.features).failed == 0
