@@ -88,7 +88,7 @@ def imagenet_rows(data: Path) -> list[int]:
 TASKS = {
     "mobilenetv2": Task(
         mobilenetv2, lambda data, _: data / "images" / "imagenette224", imagenet_rows,
-        [32, 64, 128, 224], [32, 64, 128], list(range(32, 225, 16)), 224, 6, 0.003, None,
+        [32, 64, 128, 224], [32, 64, 128], list(range(32, 225, 16)), 224, 8, 0.03, None,
     ),
     "resnet20": Task(
         cifar_resnet20, cifar, lambda _: None,
@@ -180,7 +180,7 @@ def run(name: str, data: Path, work: Path) -> None:
         config = TrainConfig(
             out=work / arm, epochs=round(task.epochs * macs["lean"] / macs[arm]), lr=task.lr,
             rows=rows, mean=loaded.mean, std=loaded.std, label_smoothing=0.1, val_share=0.1,
-            clip=100.0, resume=True,
+            clip=1.0, resume=True,
         )  # fmt: skip
         tuned[arm] = train(net, images / "train", config)
     frames = []
