@@ -119,25 +119,29 @@ def chosen_cut(task: Task, loaded: LoadedModel, images: Path, work: Path, name: 
 def best_start(
     task: Task, loaded: LoadedModel, at: str, images: Path, rows: Any, work: Path, name: str
 ) -> str:
-    """Which start of the small subnets keeps the map at the cut most like the reference's."""
+    """Which start of the small subnets keeps the map at the cut most like the reference's.
+
+    For `lean`, and where the trunk always runs at the full grid, for which more strides go; the
+    choice is by `lean` at the smallest scale.
+    """
     path = HERE / "results" / f"tune_{name}_starts.csv"
     if not (work / "starts.done").exists():
         frames = []
-        for start in STARTS:
-            net = build(loaded, at, task.scales, start=start)
-            frames.append(
-                evaluate(
+        for merge in ("follow", "full"):
+            for start in STARTS:
+                net = build(loaded, at, task.scales, start=start, merge=merge)
+                table = evaluate(
                     net, images, task.scales, split="train", n_images=384, arm=start, rows=rows,
                     mean=loaded.mean, std=loaded.std, latency=False,
-                )
-            )  # fmt: skip
+                )  # fmt: skip
+                changes = [net.origin.changes[side] for side in table["size_px"]]
+                frames.append(table.assign(merge=merge, changes=changes))
         table = pd.concat(frames, ignore_index=True)
-        table[["arm", "size_px", "cka", "cka_low", "cka_high", "top1"]].round(4).to_csv(
-            path, index=False
-        )
+        columns = ["merge", "arm", "size_px", "cka", "cka_low", "cka_high", "top1", "changes"]
+        table[columns].round(4).to_csv(path, index=False)
         (work / "starts.done").touch()
     table = pd.read_csv(path)
-    smallest = table[table["size_px"] == task.scales[0]]
+    smallest = table[(table["size_px"] == task.scales[0]) & (table["merge"] == "follow")]
     print(table.to_string(index=False), flush=True)
     return str(smallest.loc[smallest["cka"].idxmax(), "arm"])
 
