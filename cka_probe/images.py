@@ -104,6 +104,8 @@ class _Items(Source):
         self._seen = digest(self._first[i])
 
     def _read(self, i: int) -> tuple[Tensor, bool]:
+        if isinstance(self._dataset, Tensor):  # checked as a whole, and nothing random inside
+            return self._dataset[self._pick[i]], False
         with seeded(self._seed, self.ids[i]):
             return decode.read_item(self._dataset, self._pick[i], self.ids[i])
 
@@ -128,8 +130,9 @@ class _Items(Source):
 
 def digest(image: Tensor) -> str:
     """SHA-256 over dtype, shape and content."""
-    data = image.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(f"{image.dtype} {tuple(image.shape)}".encode() + data).hexdigest()
+    sha = hashlib.sha256(f"{image.dtype} {tuple(image.shape)}".encode())
+    sha.update(image.contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def open_images(images: Any, *, n_images: int | None = None, seed: int = 0) -> Source:
@@ -285,8 +288,6 @@ def batches(
 ) -> Generator[Batch, None, None]:
     """Yield batches start, start + step, ... of the plan; the same values whatever `workers` is.
 
-    Close the generator when leaving early (`contextlib.closing`): that ends the workers.
-
     Args:
         source: From `open_images`.
         transforms: {view name: transform}, from `scale_transforms` or `view_transforms`.
@@ -299,7 +300,7 @@ def batches(
         step: Distance between batches.
 
     Returns:
-        A generator of `Batch`.
+        A generator of `Batch`; where you leave early, close it: that ends the workers.
 
     Raises:
         ImageError: An image cannot be read and `skip_bad` is off.
