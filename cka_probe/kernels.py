@@ -7,7 +7,7 @@ feature mean of 1e4 an uncentred float32 Gram holds nothing but the mean. Grams 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,7 +52,11 @@ class Centred(NamedTuple):
 
 
 class NonFiniteFeaturesError(ValueError):
-    """Features that hold NaN or Inf."""
+    """Features that hold NaN or Inf; `key` is their entry where the message does not name it."""
+
+    def __init__(self, message: str, *, key: Any = None) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 @contextmanager
@@ -62,13 +66,18 @@ def full_precision(device: torch.device) -> Iterator[None]:
         with torch.autocast(device.type, enabled=False):
             yield
         return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    matmul = torch.backends.cuda.matmul
+    # torch from 2.9 on refuses to tell the old setting where the new one was used
+    name, off = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else (
+        "allow_tf32", False
+    )  # fmt: skip
+    before = getattr(matmul, name)
+    setattr(matmul, name, off)
     try:
         with torch.autocast("cuda", enabled=False):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        setattr(matmul, name, before)
 
 
 def work_dtype(x: Tensor, n: int) -> torch.dtype:
@@ -136,7 +145,7 @@ def batch_block(x: Tensor, kernel: Kernel) -> tuple[Tensor, float]:
             tile = tile.to(dtype)
             mean = tile.mean(0)
             out = torch.sub(tile, mean, out=room) if tile.shape == room.shape else tile - mean
-            gram = gram + _product(out, out)
+            gram = gram + product(out, out)
             offset += float(torch.dot(mean, mean))
         squares = float(gram.trace())
         low, high = _SAFE_TRACE
@@ -206,7 +215,8 @@ def _describe(x: Tensor) -> str:
     return f"{kind} in {bad} of {x.numel()} values"
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products (p, q) of rows in float64, taken in the dtype of the rows; MPS: on the CPU."""
     g = a @ b.T  # (p, q)
     return g.cpu().double() if g.device.type == "mps" else g.double()
 
@@ -218,7 +228,7 @@ def _linear_finish(block: Tensor, sigma: float) -> Tensor:
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """Squared Euclidean distances (p, q), in float64 from the product on."""
-    g = _product(a, b)
+    g = product(a, b)
     qa = a.double().square().sum(1) if a.device.type != "mps" else a.cpu().double().square().sum(1)
     qb = b.double().square().sum(1) if b.device.type != "mps" else b.cpu().double().square().sum(1)
     return g.mul_(-2).add_(qa[:, None]).add_(qb[None, :]).clamp_(min=0)
@@ -235,7 +245,7 @@ def _rbf_finish(block: Tensor, sigma: float) -> Tensor:
 
 
 KERNELS: dict[str, Kernel] = {
-    "linear": Kernel("linear", _product, _linear_finish, of_gram=lambda gram: gram),
+    "linear": Kernel("linear", product, _linear_finish, of_gram=lambda gram: gram),
     "rbf": Kernel("rbf", _squared_distances, _rbf_finish, True, of_gram=_distances_of_gram),
 }
 
