@@ -26,7 +26,7 @@ from cka_probe.ranks import Ranks
 from cka_probe.reduce import reducer_name
 from cka_probe.report import Report
 from cka_probe.sketch import check_linear, choose_size
-from cka_probe.state import STATE, refuse_other, saved_options
+from cka_probe.state import STATE, differences, refuse_other, saved_options
 from cka_probe.views import NATIVE, Transform, look, scale_transforms, view_transforms
 
 REPORT = "report.npz"
@@ -228,8 +228,11 @@ class Run:
     def _same_everywhere(self) -> None:
         """Raise unless every process has the same fingerprint."""
         for rank, options in enumerate(self.ranks.gather(plain(self.options))):
-            what = f"process {rank} beside process 0"
-            refuse_other(options, self.options, what, way_out="give all processes the same")
+            for name, theirs, ours in differences(options, plain(self.options)):
+                raise ValueError(
+                    f"processes differ: {name} is {theirs!r:.40} on rank {rank}, {ours!r:.40} on "
+                    "rank 0: give all the same"
+                )
 
     def _execute(self, *, progress: bool, say: Callable[[str], None] | None) -> Report | None:
         """Make every forward, then the report on rank 0; None on the others."""

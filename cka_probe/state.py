@@ -11,6 +11,7 @@ import re
 import shutil
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from cka_probe.hsic import Array
 from cka_probe.memory import readable
 from cka_probe.row_file import ROWS, RowFile
 
-__all__ = ["ROWS", "SAVE_EVERY_S", "STATE", "Saver", "refuse_other", "saved_options"]
-__all__ += ["sweep"]
+__all__ = ["ROWS", "SAVE_EVERY_S", "STATE", "Saver", "differences", "refuse_other"]
+__all__ += ["saved_options", "sweep"]
 
 STATE = "state.npz"
 SAVE_EVERY_S = float(os.environ.get("CKA_PROBE_SAVE_EVERY_S", "20"))
@@ -210,33 +211,30 @@ def saved_options(folder: Path) -> dict[str, Any]:
         raise _damaged(path, error) from error
 
 
-def refuse_other(
-    saved: dict[str, Any], wanted: dict[str, Any], what: str, *,
-    way_out: str = f"{_AGAIN}, or as before",
-) -> None:  # fmt: skip
+def refuse_other(saved: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
     """Raise unless two fingerprints are equal, naming what differs.
 
     Args:
         saved: of what lies there, as JSON.
         wanted: of this run.
         what: "saved state" or "finished report".
-        way_out: the end of the message.
 
     Raises:
         ValueError: they differ.
     """
-    for name, was, now in _differences(saved, plain(wanted)):
+    for name, was, now in differences(saved, plain(wanted)):
         raise OtherRunError(
-            f"{what} of another run: {name} was {_short(was)}, is {_short(now)}: {way_out}"
+            f"{what} of another run: {name} was {_short(was)}, is {_short(now)}: {_AGAIN}, "
+            "or as before"
         )
 
 
-def _differences(saved: Any, wanted: Any, name: str = "") -> Any:
+def differences(saved: Any, wanted: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(name, was, is) of each difference; what stands for content is named by what it is."""
     if isinstance(saved, dict) and isinstance(wanted, dict):
         for key in sorted({*saved, *wanted}):
             inner = f"{name}.{key}" if name else str(key)
-            yield from _differences(saved.get(key), wanted.get(key), inner)
+            yield from differences(saved.get(key), wanted.get(key), inner)
     elif saved != wanted:
         parts = name.split(".")
         if parts[0] == "views" and parts[-1] == "model":
