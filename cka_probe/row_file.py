@@ -67,7 +67,7 @@ class RowFile:
     def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         """What the state must hold to read the file again."""
         return {
-            "file": np.array([self.size, self.crc], dtype=np.int64),
+            "extent": np.array([self.size, self.crc], dtype=np.int64),
             "batches": np.array(self.batches, dtype=np.int64).reshape(-1, 2),
             "kinds": np.array(self.kinds, dtype=np.int64),
             "widths": np.array(self.widths, dtype=np.int64),
@@ -79,7 +79,7 @@ class RowFile:
         Raises:
             ValueError: it is not what the state says.
         """
-        size, crc = (int(x) for x in arrays["file"])
+        size, crc = (int(x) for x in arrays["extent"])
         if not self.path.exists() or self.path.stat().st_size < size or self._sum(size) != crc:
             raise ValueError(f"saved state cut short or damaged: {self.path}")
         self.size, self.crc = size, crc

@@ -34,7 +34,7 @@ SAVE_EVERY_S = float(os.environ.get("CKA_PROBE_SAVE_EVERY_S", "20"))
 _SHARE = 20  # saving may take a 20th of the time
 _FORMAT = 2
 _SUMS = ("hsic", "floor", "varied", "weight")
-_FILE = ("file", "batches", "kinds", "widths")
+_FILE = ("extent", "batches", "kinds", "widths")
 _SKETCH = ("origin", "offset", "kept")
 _AGAIN = "run without --resume and with --overwrite"
 _HALF = re.compile(r"\.([0-9a-f]{16}\.(npz|csv|png|html)|(writing|writable)-.*)")
@@ -189,7 +189,7 @@ class Saver:
 
 def _damaged(path: Path, error: Exception) -> ValueError:
     text = str(error).removesuffix(": make it again")
-    if not isinstance(error, ValueError) or str(path.parent) not in text:
+    if not text.startswith("saved state") or str(path.parent) not in text:
         text = f"saved state cut short or damaged: {path}"
     return ValueError(f"{text}: {_AGAIN}")
 

@@ -15,7 +15,7 @@ SAME = {
         "kernel": "rbf",
         "images": 288,
         "batch_size": 16,
-    },  # the bandwidth is known before the end
+    },  # known before the end
     "exact": {"estimator": "exact"},
     "exact-rbf": {"estimator": "exact", "kernel": "rbf"},
     "spooled": {"estimator": "exact", "memory": 2_200_000, "layers": ["stem"], "images": 100},
