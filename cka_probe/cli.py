@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             return _fail(f"interrupted: Ctrl-C: {_way_on(args)}", 130)
         except LostRankError as error:
-            return 1 if error.told else _fail(str(error), 1)
+            return 1 if error.told else _fail(str(error), 1)  # who knows why has said so
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1

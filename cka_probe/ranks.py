@@ -26,6 +26,7 @@ __all__ = ["LostRankError", "Ranks", "may_speak", "own_device", "started"]
 
 BEAT_S = 3.0  # how often a process says that it lives
 SILENCE_S = 25.0  # after which it is taken for dead
+_PARTING_S = 3.0  # that the process which holds the store waits for the others to leave
 _TRANSFER = timedelta(seconds=30)  # of a collective that all have come to
 _PIECE = 2**22  # numbers of a collective: 32 MiB of float64
 _uses = 0  # groups that this process has joined: each has its own keys in the store
@@ -254,12 +255,18 @@ class _Link:
                     f"{now - since:.0f} s: see its own output, then run again with --resume"
                 )
 
-    def fail(self) -> None:
-        with suppress(RuntimeError):
-            self.store.set("failed", "")
-
-    def close(self) -> None:
+    def leave(self, *, failed: bool) -> None:
+        """Stop beating; the process that holds the store goes last, so that all can hear of it."""
         self._over.set()
+        with suppress(RuntimeError):
+            if failed:
+                self.store.set("failed", "")
+            left = self.store.add("left", 1)
+            until = time.monotonic() + _PARTING_S
+            held_here = self.rank == 0 and not os.environ.get("TORCHELASTIC_USE_AGENT_STORE")
+            while held_here and left < self.size and time.monotonic() < until:
+                time.sleep(0.02)
+                left = self.store.add("left", 0)
 
 
 def own_device(device: torch.device) -> torch.device:
@@ -275,9 +282,15 @@ def launched() -> bool:
 
 
 def may_speak() -> bool:
-    """Whether this process is the first of the job to report a failure: the others stay silent."""
+    """Whether this process is the first of the job to report a failure: the others stay silent.
+
+    Before they have joined, and where no launcher holds a store, rank 0 alone speaks: what fails
+    so early is what all were asked for.
+    """
     if not launched():
         return True
+    if _base is None and not os.environ.get("TORCHELASTIC_USE_AGENT_STORE"):
+        return os.environ.get("RANK", "0") == "0"
     try:
         store = _base or next(rendezvous("env://", timeout=timedelta(seconds=5)))[0]
         return int(store.add("cka_probe/failures", 1)) == 1
@@ -323,8 +336,7 @@ def started(device: torch.device, *, timeout: timedelta | None = _TRANSFER) -> I
     try:
         yield Ranks(rank, size, link)
     except BaseException:
-        link.fail()
+        link.leave(failed=True)
         raise
-    finally:
-        link.close()
+    link.leave(failed=False)
     dist.destroy_process_group()

@@ -2,7 +2,7 @@
 
 `run_jobs` starts that interpreter. A job is {"size": processes, "out": folder, "probe": options,
 "faults": what happens to whom}; each process leaves its report as RANK.npz, or what it raised as
-RANK.txt, in `out`.
+RANK.txt, in `out`. With "cli", the words of a command line, it leaves RANK.out and RANK.err.
 """
 
 import json
@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cka_probe import probe, ranks, row_file, state
+from cka_probe.cli import main
 
 HERE = Path(__file__).resolve().parent
 
@@ -124,6 +125,13 @@ def work(job, rank):
     if job["size"] > 1:
         ranks.SILENCE_S, ranks.BEAT_S = 1.5, 0.2
     arrange(job.get("faults", []), rank)
+    if "cli" in job:
+        for name, number in (("out", 1), ("err", 2)):
+            os.dup2(os.open(out / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT), number)
+        status = main(job.get("of_rank", {}).get(str(rank), job["cli"]))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     try:
         options = {**job["probe"], **job.get("of_rank", {}).get(str(rank), {})}
         with ranks.started(torch.device("cpu")) as mine:
@@ -137,7 +145,7 @@ def work(job, rank):
     os._exit(0)
 
 
-def main(jobs):
+def fork(jobs):
     torch.set_num_threads(1)
     for job in jobs:
         with socket.socket() as free:
@@ -170,4 +178,4 @@ def run_jobs(jobs, folder, timeout=300):
 
 
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
+    fork(json.loads(Path(sys.argv[1]).read_text()))
