@@ -92,7 +92,8 @@ def probe(
         sketch_size: k of `sketch`; 512 where None.
         precision: wanted standard error of the sketch itself, instead of `sketch_size`.
         out: folder for the saved state and the finished report.npz; None saves nothing.
-        resume: continue from the state saved in `out`; with none there, start anew.
+        resume: continue from the state saved in `out`, with any number of processes; with none
+            there, start anew. `exact` with its features on disk saves no state.
         progress: show a progress bar.
         ranks: the processes that share this run, each calling with the same arguments: what
             `cka_probe.ranks.started` yields. None: this process alone, whoever else there is.

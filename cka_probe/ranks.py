@@ -308,7 +308,7 @@ def started(device: torch.device, *, timeout: timedelta | None = _TRANSFER) -> I
         timeout: Of a collective; None for torch's own.
 
     Yields:
-        Which process this is. A group that was made here is taken down on success; after an
+        Which process this is. A group that was made here is taken down afterwards; after an
         error the others are told when they next wait, and torchrun ends them.
 
     Raises:
@@ -338,5 +338,8 @@ def started(device: torch.device, *, timeout: timedelta | None = _TRANSFER) -> I
     except BaseException:
         link.leave(failed=True)
         raise
-    link.leave(failed=False)
-    dist.destroy_process_group()
+    else:
+        link.leave(failed=False)
+    finally:  # also after an error: a group that is left over aborts the process as it ends
+        with suppress(RuntimeError):
+            dist.destroy_process_group()

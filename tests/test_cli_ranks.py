@@ -48,7 +48,7 @@ def forked(place):
     jobs = {
         "good": words(place, place / "good-out"),
         "demo": ["demo", "--images", "24", "--out", str(place / "demo-out")],
-        "quiet": words(place, place / "quiet-out", "--quiet", "--skip-bad"),
+        "quiet": words(place, place / "quiet-out", "--quiet", "--skip-bad", "--workers", "1"),
         "usage": words(place, place / "none", "--nonsense"),
         "scales": words(place, place / "none", scales="8,0"),
         "memory": words(place, place / "none", "--memory", "none"),

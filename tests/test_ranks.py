@@ -17,6 +17,7 @@ SAME = {
         "batch_size": 16,
     },  # known before the end
     "exact": {"estimator": "exact"},
+    "workers": {"workers": 1},
     "exact-rbf": {"estimator": "exact", "kernel": "rbf"},
     "spooled": {"estimator": "exact", "memory": 2_200_000, "layers": ["stem"], "images": 100},
     "sketch": {"estimator": "sketch", "sketch_size": 64},
@@ -27,7 +28,8 @@ SAME = {
     "bad-images-sketch": {"images": "FOLDER", "skip_bad": True, "estimator": "sketch"},
 }
 PAIRS = [(name, 2) for name in SAME]
-PAIRS += [(name, 4) for name in SAME if name not in ("rbf-early", "exact-rbf", "auto", "spooled")]
+TWO = ("rbf-early", "exact-rbf", "auto", "spooled", "workers")  # two processes are enough
+PAIRS += [(name, 4) for name in SAME if name not in TWO]
 DEATHS = {
     "dies-in-a-batch": {"faults": [[1, "kill", 5, 0]]},
     "dies-as-all-wait": {"faults": [[1, "kill", 5, 0], [0, "sleep", 7, 1.0]]},
@@ -109,8 +111,8 @@ def test_several_processes_equal_one(done, alone, cases, name, size):
 def test_the_cases_are_what_they_say(alone, cases):
     assert alone("rbf-early", cases["rbf-early"]).meta["n_images"] > 256 > 42
     bad = alone("bad-images", cases["bad-images"]).meta
-    assert len(bad["left_out"]) == 5  # three of the first batch, its fourth, one of the second
-    assert bad["n_images"] == 17
+    assert len(bad["left_out"]) == 8  # two batches of four, with three readable images or fewer
+    assert bad["n_images"] == 14
 
 
 @pytest.mark.parametrize("name", DEATHS)
