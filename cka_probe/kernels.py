@@ -7,7 +7,7 @@ feature mean of 1e4 an uncentred float32 Gram holds nothing but the mean. Grams 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,7 +55,11 @@ class Centred(NamedTuple):
 
 
 class NonFiniteFeaturesError(ValueError):
-    """Features that hold NaN or Inf."""
+    """Features that hold NaN or Inf; `key` is their entry where the message does not name it."""
+
+    def __init__(self, message: str, *, key: Any = None) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 @contextmanager
@@ -68,13 +72,18 @@ def full_precision(device: torch.device) -> Iterator[None]:
         with torch.autocast(device.type, enabled=False):
             yield
         return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    matmul = torch.backends.cuda.matmul
+    # torch from 2.9 on refuses to tell the old setting where the new one was used
+    name, off = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else (
+        "allow_tf32", False
+    )  # fmt: skip
+    before = getattr(matmul, name)
+    setattr(matmul, name, off)
     try:
         with torch.autocast("cuda", enabled=False):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        setattr(matmul, name, before)
 
 
 def work_dtype(x: Tensor, n: int) -> torch.dtype:
@@ -216,7 +225,7 @@ def _describe(x: Tensor) -> str:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """The product a b' of features (p, d), (q, d), then in float64: (p, q)."""
+    """Inner products (p, q) of rows in float64, taken in the dtype of the rows; MPS: on the CPU."""
     g = matmul_t(a, b)  # (p, q)
     return g.cpu().double() if g.device.type == "mps" else g.double()
 

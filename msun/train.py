@@ -15,12 +15,12 @@ from cka_probe.files import plain
 from cka_probe.images import order
 from cka_probe.progress import progress_bar
 from cka_probe.provenance import model_sha256, versions
+from cka_probe.ranks import Ranks, own_device, started
 from msun import checkpoint, norms, train_state
 from msun.crops import Crops, augmentation, shuffled
 from msun.data import open_labelled
 from msun.descent import Descent, DivergedError
 from msun.model import MSUN
-from msun.ranks import Ranks, own_device, started
 from msun.recipe import TrainConfig, refuse_other
 from msun.scores import judge
 from msun.train_state import CONFIG, METRICS, MODEL, STATE
@@ -55,7 +55,7 @@ def train(model: MSUN, data: Any, config: TrainConfig) -> Path:
     device = own_device(torch.device(config.device or next(model.parameters()).device))
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with started(device) as ranks:
+        with started(device, timeout=None) as ranks:
             run = _Run(model.to(device), data, config, device, ranks)
             if not run.prepared():
                 run.execute()
