@@ -21,10 +21,11 @@ LEVELS = {
     "cka_probe": {
         "files": 0, "kernels": 0, "hsic": 0, "reduce": 0, "progress": 0, "memory": 0, "decode": 0,
         "lettering": 0,
-        "rows": 0, "project": 0,
+        "rows": 0, "project": 0, "fingerprints": 0,
         "layers": 1, "views": 1, "tiles": 1, "report": 1, "weights": 1, "glyphs": 1,
         "estimator_base": 1, "spool": 1, "sketch_sums": 1,
-        "glyphnet": 2, "collect": 2, "images": 2, "exact": 2, "sketch": 2, "estimators": 3,
+        "glyphnet": 2, "collect": 2, "sources": 2, "exact": 2, "sketch": 2,
+        "images": 3, "estimators": 3,
         "models": 3, "provenance": 3, "features": 4, "state": 4,
         "forwards": 4, "estimate": 4, "reading": 4, "choose": 5, "probe_run": 6,
         "probe": 7, "plot": 5, "page_curve": 5, "page_cells": 5, "page": 6,
