@@ -248,7 +248,8 @@ def get_kernel(kernel: str | Kernel | Block) -> Kernel:
             (p, d) and (q, d) to a (p, q) block of a symmetric kernel.
 
     Raises:
-        ValueError: an unknown name.
+        TypeError: neither a name nor a callable.
+        ValueError: an unknown name. A callable's result is checked at every call.
     """
     if isinstance(kernel, Kernel):
         return kernel
@@ -258,7 +259,36 @@ def get_kernel(kernel: str | Kernel | Block) -> Kernel:
             raise ValueError(f"unknown kernel: {kernel!r}: known kernels are {known}")
         return KERNELS[kernel]
     name = getattr(kernel, "__name__", type(kernel).__name__)
-    return Kernel(name, lambda a, b: kernel(a, b).double(), _linear_finish, quadratic=False)
+    if not callable(kernel):
+        raise TypeError(
+            f"kernel is neither a name nor a function: {kernel!r:.60}: use 'linear', 'rbf' or a "
+            "function of features (p, d), (q, d)"
+        )
+    return Kernel(name, _checked(kernel, name), _linear_finish, quadratic=False)
+
+
+def _checked(kernel: Block, name: str) -> Block:
+    """A caller's own kernel, whose result must be a (p, q) tensor."""
+
+    def base(a: Tensor, b: Tensor) -> Tensor:
+        try:
+            block = kernel(a, b)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            text = f"{type(error).__name__} ({' '.join(str(error).split()).replace(': ', ', ')})"
+            raise ValueError(
+                f"kernel failed: {name!r}, {text}: give a function of features (p, d), (q, d)"
+            ) from error
+        shape = tuple(block.shape) if isinstance(block, Tensor) else type(block).__name__
+        if shape != (len(a), len(b)):
+            raise ValueError(
+                f"kernel returned no block: {name!r} gave {shape} for {tuple(a.shape)} and "
+                f"{tuple(b.shape)}: return a tensor ({len(a)}, {len(b)})"
+            )
+        return block.double()
+
+    return base
 
 
 def register_kernel(kernel: Kernel) -> None:

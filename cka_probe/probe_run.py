@@ -38,7 +38,7 @@ class Run:
     """One call of `probe`: what was asked, made ready, then executed once."""
 
     def __init__(self, model: nn.Module | None, images: Any, scales: Any, **ask: Any) -> None:
-        self.ask = ask
+        self.ask = {**ask, "scales": scales}
         self.kernel = get_kernel(ask["kernel"])
         self.bandwidth = 1.0 if ask["bandwidth"] is None else float(ask["bandwidth"])
         if not self.bandwidth > 0:
@@ -198,6 +198,14 @@ class Run:
             "skip_bad": bool(ask["skip_bad"]),
         }
 
+    def _way_out(self) -> str:
+        """What to do about a size that the network refuses."""
+        if self.ask["scales"] is None:
+            return "give images of a size that it takes (compare: --size)"
+        if self.ask["resize"] == "restore":
+            return "take another reference (--reference)"
+        return "leave that size out, or use resize='restore' (--resize restore)"
+
     def finished(self) -> Report | None:
         """The report of the same run, where it is being resumed after its end."""
         if not self.ask["resume"] or self.out is None or not (self.out / REPORT).exists():
@@ -225,7 +233,7 @@ class Run:
         with ExitStack() as stack:
             work = Forwards(
                 self.models, estimator, stack, layers=ask["layers"], reduce=ask["reduce"],
-                device=ask["device"], amp=ask["amp"],
+                device=ask["device"], amp=ask["amp"], way_out=self._way_out(),
             )  # fmt: skip
             bar = stack.enter_context(
                 progress_bar(
