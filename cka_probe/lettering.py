@@ -21,6 +21,7 @@ __all__ = ["FONT", "Fitted", "annotate", "room_in", "row_in", "settle", "shown",
 
 FONT = 9.0  # points, the largest
 _LEAST_FONT = 5.5  # points, the smallest worth printing
+_COARSE = 0.0095  # half an interval that two decimals tell; below it is told in three
 
 
 def row_in(rows: int) -> float:
@@ -99,10 +100,11 @@ def annotate(
     ax: Axes, mesh: QuadMesh, values: NDArray[np.float64], half: NDArray[np.float64]
 ) -> bool:
     """Write values into the cells of a mesh where they fit, black or white; True if with ±half."""
-    texts = [f"{value:.2f}" for value in values.ravel().round(2) + 0.0]  # no -0.00
+    pairs = list(zip(values.ravel().tolist(), half.ravel().tolist(), strict=True))
+    texts = [_value(value, part, 2) for value, part in pairs]
     longer = [
-        text + f" ±{_short(part)}" * bool(part > 0)
-        for text, part in zip(texts, half.ravel(), strict=True)
+        f"{_value(value, part, 2 if part >= _COARSE else 3)} ±{_short(part)}" if part > 0 else text
+        for (value, part), text in zip(pairs, texts, strict=True)
     ]
     wide = _fit(max(longer, key=len), _cell(ax)) > _LEAST_FONT + 1 and longer != texts
     texts = longer if wide else texts
@@ -124,9 +126,21 @@ def annotate(
     return wide
 
 
+def _value(value: float, half: float, decimals: int) -> str:
+    """A value rounded, but 1 only where it is 1, or its interval reaches there.
+
+    What is less than 1e-6 below 1 counts as 1: features are float32.
+    """
+    below = value < 1 - 1e-6 and not value + half >= 1
+    for k in range(decimals, 4):
+        if not (below and round(value, k) >= 1):
+            return f"{round(value, k) + 0.0:.{k}f}"  # no -0.00
+    return "0.999"
+
+
 def _short(part: float) -> str:
     """Half an interval in as few characters as tell it from 0: .12, .03, .004."""
-    return f"{part:.2f}".lstrip("0") if part >= 0.0095 else f"{max(part, 0.001):.3f}".lstrip("0")
+    return f"{part:.2f}".lstrip("0") if part >= _COARSE else f"{max(part, 0.001):.3f}".lstrip("0")
 
 
 def _cell(ax: Axes) -> tuple[float, float]:
