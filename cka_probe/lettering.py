@@ -97,9 +97,16 @@ class Fitted(Text):
 
 
 def annotate(
-    ax: Axes, mesh: QuadMesh, values: NDArray[np.float64], half: NDArray[np.float64]
+    ax: Axes,
+    mesh: QuadMesh,
+    values: NDArray[np.float64],
+    half: NDArray[np.float64],
+    blank: NDArray[np.bool_] | None = None,
 ) -> bool:
-    """Write values into the cells of a mesh where they fit, black or white; True if with ±half."""
+    """Write values into the cells of a mesh where they fit, black or white; True if with ±half.
+
+    Nothing is written where `blank` is True.
+    """
     pairs = list(zip(values.ravel().tolist(), half.ravel().tolist(), strict=True))
     texts = [_value(value, part, 2) for value, part in pairs]
     longer = [
@@ -116,6 +123,8 @@ def annotate(
     bright = linear @ [0.2126, 0.7152, 0.0722] > 0.18  # WCAG 2: black reads better than white
     for k, (text, value) in enumerate(zip(texts, values.ravel(), strict=True)):
         row, column = divmod(k, values.shape[1])
+        if blank is not None and blank[row, column]:
+            continue
         style: dict[str, Any] = {"color": "black" if bright[k] else "white"}
         if np.isnan(value):
             style = {"color": "0.2", "bbox": {"boxstyle": "square,pad=0.1", "fc": "0.88", "lw": 0}}

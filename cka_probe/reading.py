@@ -7,9 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cka_probe.report import Report
+import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["LEVEL", "Cell", "cannot", "facts", "read_cells", "same_layers", "shortened", "shows"]
+from cka_probe.report import Report, same_layers
+
+__all__ = ["LEVEL", "Cell", "absent", "cannot", "facts", "read_cells", "same_layers"]
+__all__ += ["shortened", "shows"]
 
 LEVEL = 0.95  # of every interval here
 _MARK = 0.9  # the similarity that intervals are held against
@@ -50,16 +54,12 @@ class Cell(NamedTuple):
         return f"{self.other_layer} in view {self.other_view}"
 
 
-def same_layers(report: Report) -> bool:
-    """Whether the views have (nearly) the same layers, so that each can be held against itself.
-
-    False for a single view, and for two networks whose layers differ: there only pairs of layers
-    say something.
-    """
-    sets = {view: set(report.layers_of(view)) for view in report.views}
-    own = sets.pop(report.reference)
-    shared = sum(len(own & other) for other in sets.values())
-    return bool(sets) and shared >= 0.9 * sum(len(own | other) for other in sets.values())
+def absent(report: Report, view: str | None = None) -> NDArray[np.bool_]:
+    """Where `report.against(view)` has no value to show: one of the two views lacks the layer."""
+    held = {name: set(report.layers_of(name)) for name in report.views}
+    own = held[report.reference if view is None else view]
+    rows = [[layer not in own & held[name] for name in report.views] for layer in report.layers]
+    return np.array(rows)
 
 
 def read_cells(report: Report) -> list[Cell]:

@@ -21,7 +21,7 @@ LEVELS = {
     "cka_probe": {
         "files": 0, "kernels": 0, "hsic": 0, "reduce": 0, "progress": 0, "memory": 0, "decode": 0,
         "lettering": 0,
-        "rows": 0, "project": 0, "fingerprints": 0,
+        "rows": 0, "project": 0, "fingerprints": 0, "report_checks": 0,
         "layers": 1, "views": 1, "tiles": 1, "report": 1, "weights": 1, "glyphs": 1,
         "estimator_base": 1, "spool": 1, "sketch_sums": 1,
         "glyphnet": 2, "collect": 2, "sources": 2, "exact": 2, "sketch": 2,
