@@ -9,10 +9,13 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from cka_probe import cli_commands
+from cka_probe.cli_checks import check_words
 from cka_probe.cli_output import explain
+from cka_probe.state import STATE
 
 PROG = "cka-probe"
 
@@ -188,6 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 1, 2 or 130.
     """
     said: list[str] = []
+    args: argparse.Namespace | None = None
 
     def collect(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         if issubclass(category, UserWarning):
@@ -200,11 +204,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             words = sys.argv[1:] if argv is None else argv
             parser = build_parser()
             args = parser.parse_args(_joined(words, parser))
+            check_words(args)
             args.call(args)
         except SystemExit as stop:  # --help, --version
             return int(stop.code or 0)
         except KeyboardInterrupt:
-            return _fail("interrupted: Ctrl-C: run again with --resume to continue", 130)
+            return _fail(f"interrupted: Ctrl-C: {_way_on(args)}", 130)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
@@ -218,6 +223,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for text in dict.fromkeys(said):
         print(f"{PROG}: warning: {' '.join(text.split())}", file=sys.stderr)
     return 0
+
+
+def _way_on(args: argparse.Namespace | None) -> str:
+    """What can be done after an interruption: go on, or begin anew."""
+    out = getattr(args, "out", None)
+    resumes = getattr(args, "command", None) in ("run", "compare")
+    if resumes and out is not None and (Path(out) / STATE).exists():
+        return "run again with --resume to continue"
+    return "nothing was saved, run again"
 
 
 def _debug() -> None:

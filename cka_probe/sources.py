@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +19,19 @@ from cka_probe.decode import ImageError
 from cka_probe.fingerprints import digest
 from cka_probe.views import seeded
 
-__all__ = ["FEW", "MIN_IMAGES", "Source", "open_images", "order"]
+__all__ = ["FEW", "MIN_IMAGES", "Named", "Source", "open_images", "order"]
 
 MIN_IMAGES = 4  # unbiased HSIC divides by n (n - 3)
 FEW = f"CKA needs at least {MIN_IMAGES}"
 _SAMPLE = 16  # items of a dataset that its fingerprint reads
 _SOURCES = "give a folder, a Dataset with a length, or an (n, c, h, w) float tensor"
+
+
+class Named(NamedTuple):
+    """Images with a name of their own, which a report tells instead of "tensor 8x3x32x32"."""
+
+    name: str
+    images: Any
 
 
 class Source(ABC):
@@ -150,7 +157,7 @@ def open_images(images: Any, *, n_images: int | None = None, seed: int = 0) -> S
 
     Args:
         images: A folder, nested or flat; a torchvision dataset or anything else with `len` and
-            integer indices; or an (n, c, h, w) float tensor.
+            integer indices; or an (n, c, h, w) float tensor; `Named` gives these a name.
         n_images: A seeded random subset of so many; a larger one with the same seed contains it.
             None takes all.
         seed: For the subset, and for random transforms inside a dataset.
@@ -162,6 +169,10 @@ def open_images(images: Any, *, n_images: int | None = None, seed: int = 0) -> S
         TypeError: Not something that holds images, or integer tensors.
         ValueError: A missing, empty or too small source, or more images asked for than there are.
     """
+    if isinstance(images, Named):
+        source = open_images(images.images, n_images=n_images, seed=seed)
+        source.name = images.name
+        return source
     if isinstance(images, str | os.PathLike):
         return _Folder(Path(images).expanduser(), n_images, seed)
     kind = type(images).__name__
