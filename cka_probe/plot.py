@@ -48,7 +48,7 @@ _made: WeakSet[Figure] = WeakSet()  # figures that this room made, for save_figu
 
 def heatmap(
     report: Report,
-    view: str | None = None,
+    view: str | int | None = None,
     *,
     ax: Axes | None = None,
     level: float = 0.95,
@@ -72,7 +72,7 @@ def heatmap(
     Raises:
         ValueError: for an unknown view, or a level that is not between 0 and 1.
     """
-    view = report.reference if view is None else view
+    view = report.reference if view is None else str(view)
     table = report.against(view)
     half = (report.against(view, "high", level=level) - table).to_numpy()
     ax = _axes(ax, _heatmap_size(table))
@@ -92,8 +92,8 @@ def heatmap(
 
 def grid(
     report: Report,
-    view_a: str | None = None,
-    view_b: str | None = None,
+    view_a: str | int | None = None,
+    view_b: str | int | None = None,
     *,
     ax: Axes | None = None,
     colorbar: bool = True,
@@ -124,7 +124,7 @@ def grid(
 
 
 def curve(
-    report: Report, view: str | None = None, *, ax: Axes | None = None, level: float = 0.95
+    report: Report, view: str | int | None = None, *, ax: Axes | None = None, level: float = 0.95
 ) -> Axes:
     """CKA with one view along the layers: a line for each other view, in its interval band.
 
@@ -142,7 +142,7 @@ def curve(
     Raises:
         ValueError: for an unknown view, or a level that is not between 0 and 1.
     """
-    view = report.reference if view is None else view
+    view = report.reference if view is None else str(view)
     table = report.against(view)
     low, high = (report.against(view, what, level=level) for what in ("low", "high"))
     layers = len(table)

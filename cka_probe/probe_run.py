@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from cka_probe import state
+from cka_probe.asked import made_plain
 from cka_probe.choose import AUTO, Choice, choose, spool_forecast, usable
 from cka_probe.collect import Tap
 from cka_probe.decode import ImageError
@@ -38,9 +39,10 @@ class Run:
     """One call of `probe`: what was asked, made ready, then executed once."""
 
     def __init__(self, model: nn.Module | None, images: Any, scales: Any, **ask: Any) -> None:
+        scales, ask = made_plain(model, scales, ask)
         self.ask = {**ask, "scales": scales}
         self.kernel = get_kernel(ask["kernel"])
-        self.bandwidth = 1.0 if ask["bandwidth"] is None else float(ask["bandwidth"])
+        self.bandwidth = 1.0 if ask["bandwidth"] is None else ask["bandwidth"]
         if not self.bandwidth > 0:
             raise ValueError(f"bad bandwidth: {self.bandwidth}: give a fraction above 0, usually 1")
         if ask["estimator"] not in (*ESTIMATORS, AUTO):

@@ -72,6 +72,10 @@ class Report:
         meta = plain(self.meta)
         if not isinstance(meta, dict):
             raise TypeError(f"meta is not a dict: {self.meta!r:.60}: give one, if need be empty")
+        if not isinstance(meta.get("groups") or 0, int | float):
+            raise TypeError(
+                f"groups are no number: {meta['groups']!r:.60}: give how many there are"
+            )
         for name, array in zip(_ARRAYS, (cka, stderr, view, layer), strict=True):
             array.setflags(write=False)
             object.__setattr__(self, name, array)
@@ -126,7 +130,7 @@ class Report:
                 merged.insert(before, name)
         return merged
 
-    def layers_of(self, view: str) -> list[str]:
+    def layers_of(self, view: str | int) -> list[str]:
         """The layers of one view, in execution order."""
         names: list[str] = self.layer[self.view == self._known(view)].tolist()
         return names
@@ -170,12 +174,13 @@ class Report:
         return self.interval(level)[what == "high"]
 
     def against(
-        self, view: str | None = None, what: str = "cka", *, level: float = 0.95
+        self, view: str | int | None = None, what: str = "cka", *, level: float = 0.95
     ) -> pd.DataFrame:
         """Layers x views: each layer in each view held against the same layer in one view.
 
         Args:
-            view: that view; None means the reference, which is the last view where none is named.
+            view: that view, 224 for "224"; None means the reference, which is the last view where
+                none is named.
             what: "cka", "stderr", or "low" or "high" of the interval.
             level: coverage of the interval.
 
@@ -199,8 +204,8 @@ class Report:
 
     def between(
         self,
-        view_a: str | None = None,
-        view_b: str | None = None,
+        view_a: str | int | None = None,
+        view_b: str | int | None = None,
         what: str = "cka",
         *,
         level: float = 0.95,
@@ -224,9 +229,10 @@ class Report:
             raise ValueError(f"which views is open: {len(self.views)} views: name two of {known}")
         if view_b is None:
             view_b = self.views[-1] if view_a is None else view_a
-        view_a = self.views[0] if view_a is None else view_a
-        rows = np.flatnonzero(self.view == self._known(view_a))
-        columns = np.flatnonzero(self.view == self._known(view_b))
+        view_a = self._known(self.views[0] if view_a is None else view_a)
+        view_b = self._known(view_b)
+        rows = np.flatnonzero(self.view == view_a)
+        columns = np.flatnonzero(self.view == view_b)
         frame: pd.DataFrame = pd.DataFrame(
             self.values(what, level=level)[np.ix_(rows, columns)],
             index=pd.Index(self.layer[rows].tolist(), name=f"layer in {view_a}"),
@@ -311,9 +317,9 @@ class Report:
             why = str(error).replace(": ", ", ")
             raise ValueError(f"no proper report: {os.fspath(path)}: {why}") from error
 
-    def _known(self, view: str) -> str:
-        """The view, if there is one of this name."""
-        known = self.views
+    def _known(self, view: str | int) -> str:
+        """The view, if there is one of this name; a number is the name of a size."""
+        known, view = self.views, str(view) if isinstance(view, int) else view
         if view not in known:
             raise ValueError(f"unknown view: {view!r}: use one of {', '.join(map(repr, known))}")
         return view
