@@ -20,10 +20,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cka_probe.facts import facts
 from cka_probe.files import replacing
 from cka_probe.page_cells import NUMBERED, TINY, cells_html, colours_css, key_html, number
 from cka_probe.page_curve import curve_html
-from cka_probe.reading import LEVEL, Cell, absent, cannot, facts, read_cells, same_layers, shows
+from cka_probe.reading import (
+    LEVEL,
+    Cell,
+    absent,
+    cannot,
+    lead,
+    read_cells,
+    remarks,
+    same_layers,
+)
 
 if TYPE_CHECKING:
     from cka_probe.report import Report
@@ -86,7 +96,8 @@ def _page(report: Report, kept: str) -> str:
         "css": _asset("page.css") + colours_css(),
         "heading": escape(model or "CKA report"),
         "subtitle": escape(_subtitle(report, data)),
-        "shows": escape(shows(report)),
+        "lead": escape(lead(report)),
+        "remarks": "".join(f"<p class=remark>{escape(line)}</p>\n" for line in remarks(report)),
         "cannot": escape(cannot(report)),
         "sections": "\n".join(sections),
         "provenance": "".join(

@@ -28,7 +28,7 @@ LEVELS = {
         "images": 3, "estimators": 3,
         "models": 3, "provenance": 3, "features": 4, "state": 4,
         "forwards": 4, "estimate": 4, "reading": 4, "choose": 5, "probe_run": 6,
-        "probe": 7, "plot": 5, "page_curve": 5, "page_cells": 5, "page": 6,
+        "probe": 7, "plot": 5, "page_curve": 5, "facts": 5, "page_cells": 5, "page": 6,
         "cli_output": 8, "cli_checks": 8,
         "cli_commands": 9, "cli": 10, "__main__": 11, "__init__": 11,
     },
