@@ -134,5 +134,6 @@ def spool_forecast(widths: Sequence[int], n: int, memory: int, folder: Path | No
     minutes = f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
     return (
         f"exact wants {readable(need)} of {readable(memory)}: features go to disk, "
-        f"{readable(disk)} of {readable(free)} free, about {minutes} on top of the forwards"
+        f"{readable(disk)} of {readable(free)} free, about {minutes} on top of the forwards; if "
+        "interrupted, it begins anew"
     )

@@ -6,6 +6,7 @@ input, 130 for Ctrl-C, 1 for anything else.
 
 import argparse
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 from cka_probe import cli_commands
 from cka_probe.cli_checks import check_words
 from cka_probe.cli_output import explain
+from cka_probe.ranks import LostRankError, Ranks, launched, may_speak, started
 from cka_probe.state import STATE
 
 PROG = "cka-probe"
@@ -205,11 +207,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser = build_parser()
             args = parser.parse_args(_joined(words, parser))
             check_words(args)
-            args.call(args)
+            first = _call(args)
         except SystemExit as stop:  # --help, --version
             return int(stop.code or 0)
         except KeyboardInterrupt:
             return _fail(f"interrupted: Ctrl-C: {_way_on(args)}", 130)
+        except LostRankError as error:
+            return 1 if error.told else _fail(str(error), 1)  # who knows why has said so
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
@@ -220,9 +224,38 @@ def main(argv: Sequence[str] | None = None) -> int:
             _debug()
             kind = type(error).__name__
             return _fail(f"unexpected {kind}: {error}: set CKA_PROBE_DEBUG=1 for the traceback", 1)
-    for text in dict.fromkeys(said):
+    for text in dict.fromkeys(said) if first else ():
         print(f"{PROG}: warning: {' '.join(text.split())}", file=sys.stderr)
     return 0
+
+
+def _call(args: argparse.Namespace) -> bool:
+    """Run a command, shared out where it can be; whether this process is the first.
+
+    A launcher ends the processes that are left when one has died: that is told as an error, so
+    that the output folder is cleaned up on the way out.
+    """
+    if not launched():
+        args.ranks = Ranks()
+        args.call(args)
+        return True
+    signal.signal(signal.SIGTERM, _ended)
+    if args.command not in ("run", "compare", "demo"):  # nothing to share
+        if os.environ.get("RANK", "0") == "0":
+            args.call(args)
+        return os.environ.get("RANK", "0") == "0"
+    with started(cli_commands.device_of(args)) as args.ranks:
+        args.call(args)
+    return bool(args.ranks.first)
+
+
+def _ended(number: int, frame: object) -> NoReturn:
+    del number, frame
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise LostRankError(
+        "ended by its launcher: SIGTERM, as when another process has died: see what that one "
+        "said, then run again with --resume"
+    )
 
 
 def _way_on(args: argparse.Namespace | None) -> str:
@@ -240,6 +273,9 @@ def _debug() -> None:
 
 
 def _fail(message: str, status: int) -> int:
+    """Say what went wrong, once for all processes that share a run."""
+    if not may_speak():
+        return status
     print(f"{PROG}: {' '.join(message.split())}", file=sys.stderr)
     return status
 

@@ -23,6 +23,7 @@ from cka_probe.layers import default_layers
 from cka_probe.memory import readable
 from cka_probe.models import LoadedModel, load_model, parse_model_args
 from cka_probe.probe import probe
+from cka_probe.ranks import own_device
 from cka_probe.reading import shows
 from cka_probe.report import Report
 from cka_probe.sketch import choose_size
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
         model = _model(args, args.model, args.weights)
         images = _source(args.data)
         norm = _norm(args, model)
-        if not args.quiet:
+        if talks(args):
             reference = int(args.reference) if str(args.reference).isdecimal() else max(scales)
             sides = scales if reference in scales else [*scales, reference]
             shapes = {
@@ -66,9 +67,10 @@ def run(args: argparse.Namespace) -> None:
             **_options(args, folder),
         )
         report = _described(report, {"model": _about(model)})
-        write(report, folder, ("heatmap", "curve"))
-    left_out(report)
-    if not args.quiet:
+        if args.ranks.first:
+            write(report, folder, ("heatmap", "curve"))
+            left_out(report)
+    if talks(args):
         table(report)
         print(shows(report))
         wrote(folder, ("heatmap", "curve"))
@@ -80,18 +82,21 @@ def demo(args: argparse.Namespace) -> None:
         raise ValueError(f"too few images: {args.images}: {FEW}")
     with output_folder(args) as folder:
         sides = ", ".join(map(str, DEMO_SIDES))
-        print(
-            f"a small residual network, trained on characters of 64 px, and {args.images} new ones "
-            f"at {sides} px",
-            flush=True,
-        )
+        if args.ranks.first:
+            _say(
+                f"a small residual network, trained on characters of 64 px, and {args.images} new "
+                f"ones at {sides} px"
+            )
         report = probe(
             glyphnet(),
             _glyphs(args.images),
             DEMO_SIDES,
             seed=args.seed,
+            ranks=args.ranks,
         )
         about = {"model": {"name": "cka_probe.glyphnet", "weights": "the package's own"}}
+        if not args.ranks.first:
+            return
         write(_described(report, about), folder, ("heatmap", "curve"))
     table(report)
     print(shows(report))
@@ -119,7 +124,7 @@ def compare(args: argparse.Namespace) -> None:
             for view, one in loaded.items()
         }
         shapes = dict.fromkeys(views, (3, args.size, args.size))
-        if not args.quiet:
+        if talks(args):
             ghosts = {view: one.model for view, one in loaded.items()}
             _announce(
                 args, ghosts, shapes, images, " and ".join(one.name for one in loaded.values())
@@ -127,9 +132,10 @@ def compare(args: argparse.Namespace) -> None:
         report = probe(None, images, views=views, **_options(args, folder))
         about = {f"model {view!r}": _about(one) for view, one in loaded.items()}
         report = _described(report, about)
-        write(report, folder, ("grid",))
-    left_out(report)
-    if not args.quiet:
+        if args.ranks.first:
+            write(report, folder, ("grid",))
+            left_out(report)
+    if talks(args):
         print(report.between("a", "b").round(3).to_string())
         wrote(folder, ("grid",))
 
@@ -219,9 +225,20 @@ def _numbers(name: str, text: str | None) -> list[float] | None:
         raise ValueError(f"{name} is no list of numbers: {text!r}: {way_out}") from None
 
 
+def device_of(args: argparse.Namespace) -> torch.device:
+    """Where this process computes: what was asked for, else CUDA where there is one."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return own_device(torch.device(getattr(args, "device", None) or default))
+    except RuntimeError as error:
+        raise ValueError(
+            f"unknown device: {args.device!r}, {one_line(error)}: leave --device out"
+        ) from None
+
+
 def _options(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What `run` and `compare` pass to `probe` alike."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else None)
+    device = device_of(args) if args.device or torch.cuda.is_available() else None
     return {
         "layers": args.layers,
         "kernel": args.kernel,
@@ -239,10 +256,16 @@ def _options(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "workers": args.workers,
         "skip_bad": args.skip_bad,
         "resume": args.resume,
+        "ranks": args.ranks,
         "out": folder,
         "progress": not args.quiet,
-        "say": None if args.quiet else _say,
+        "say": None if args.quiet or not args.ranks.first else _say,
     }
+
+
+def talks(args: argparse.Namespace) -> bool:
+    """Whether this process says what it does."""
+    return bool(args.ranks.first) and not args.quiet
 
 
 def _say(text: str) -> None:

@@ -15,8 +15,9 @@ import matplotlib as mpl
 from cka_probe import plot as plots
 from cka_probe.page import save_page
 from cka_probe.probe_run import REPORT
+from cka_probe.ranks import Ranks
 from cka_probe.report import Report
-from cka_probe.state import STATE
+from cka_probe.state import ROWS, STATE
 
 OUTPUTS = (REPORT, "cka.csv", "heatmap.png", "curve.png", "grid.png", "report.html")
 
@@ -42,6 +43,9 @@ def output_folder(args: argparse.Namespace) -> Iterator[Path]:
         OSError: the folder cannot be made or written.
     """
     folder = Path(args.out)
+    if not getattr(args, "ranks", Ranks()).first:  # rank 0 looks after it
+        yield folder
+        return
     new = not folder.exists()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output is not a folder: {folder}: choose another --out")
@@ -53,7 +57,8 @@ def output_folder(args: argparse.Namespace) -> Iterator[Path]:
     probe_dir = mkdtemp(dir=folder, prefix=".writable-")
     Path(probe_dir).rmdir()
     if args.overwrite and not args.resume:
-        (folder / STATE).unlink(missing_ok=True)
+        for name in (STATE, ROWS):
+            (folder / name).unlink(missing_ok=True)
     try:
         yield folder
     except BaseException:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cka_probe.device import Measured, device_block, on_accelerator, refuse, refuse_all
 from cka_probe.estimator_base import (
     BANDWIDTH_IMAGES,
     EXACT_GROUPS,
@@ -35,6 +36,8 @@ from cka_probe.sketch import Sketch
 __all__ = ["ESTIMATORS", "EXACT_GROUPS", "Estimator", "Exact", "Minibatch", "Result", "Sketch"]
 
 MAX_GROUPS = 32
+
+_Blocks = dict[Hashable, tuple[Tensor, float] | Measured]
 
 
 class Minibatch:
@@ -72,8 +75,11 @@ class Minibatch:
         self.groups = min(MAX_GROUPS, n_batches)
         self.keys: list[Any] = []
         self.sigma: dict[Hashable, float] = {}
-        self._open: dict[Hashable, tuple[Tensor, float]] = {}
-        self.waiting: list[tuple[int, dict[Hashable, tuple[Tensor, float]]]] = []
+        self._open: _Blocks = {}
+        self.waiting: list[tuple[int, _Blocks]] = []
+        self.holds = (
+            False  # True: others have batches too, and `fix_bandwidth` is called from outside
+        )
         self._images = 0
         self._closed = 0
         self.hsic = np.zeros((self.groups, 0, 0))  # (G, m, m) sums of n_b HSIC_1(b)
@@ -92,7 +98,8 @@ class Minibatch:
         """
         check_n(x.shape[0])
         with full_precision(x.device), torch.no_grad():
-            self._open[key] = batch_block(x, self.kernel)
+            block = device_block if on_accelerator(x) else batch_block
+            self._open[key] = block(x, self.kernel)
 
     def close_batch(self, index: int) -> None:
         """Add the open batch to the sums of its group.
@@ -102,44 +109,71 @@ class Minibatch:
         """
         blocks, self._open = self._open, {}
         if not self.keys:
-            self.keys = list(blocks)
-            m = len(self.keys)
-            self.hsic = np.zeros((self.groups, m, m))
-            self.floor, self.varied = np.zeros((self.groups, m)), np.zeros((self.groups, m))
+            self.begin(list(blocks))
         check_entries(self.keys, blocks, index)
         self._closed += 1
         self._images += len(next(iter(blocks.values()))[0])
         if not self.kernel.needs_bandwidth or self.sigma:
             self._add(index, blocks)
             return
+        refuse_all({k: one.largest for k, one in blocks.items() if isinstance(one, Measured)})
         self.waiting.append((index, blocks))
-        if self._images >= BANDWIDTH_IMAGES or self._closed == self.n_batches:
-            self._fix_bandwidth()
+        enough = self._images >= BANDWIDTH_IMAGES or self._closed == self.n_batches
+        if enough and not self.holds:
+            self.fix_bandwidth()
 
-    def _fix_bandwidth(self) -> None:
-        for key in self.keys:
-            distances = [blocks[key][0] for _, blocks in self.waiting]
-            self.sigma[key] = median_bandwidth(distances, self.bandwidth)
+    def begin(self, keys: list[Any]) -> None:
+        """Make room for the sums of these entries."""
+        m = len(keys)
+        self.keys, self.hsic = keys, np.zeros((self.groups, m, m))
+        self.floor, self.varied = np.zeros((self.groups, m)), np.zeros((self.groups, m))
+        self.weight = np.zeros(self.groups)
+
+    def fix_bandwidth(self, sigma: list[float] | None = None) -> None:
+        """Take the bandwidths given, or those of the waiting batches, and add what waited."""
+        if sigma is None:
+            sigma = [
+                median_bandwidth([blocks[key][0] for _, blocks in self.waiting], self.bandwidth)
+                for key in self.keys
+            ]
+        self.sigma = dict(zip(self.keys, sigma, strict=True))
         waiting, self.waiting = self.waiting, []
         for index, blocks in waiting:
             self._add(index, blocks)
 
-    def _add(self, index: int, blocks: dict[Hashable, tuple[Tensor, float]]) -> None:
-        grams = []
-        for key in self.keys:
-            block, eps = blocks[key]
-            sigma = self.sigma.get(key, 1.0)
-            usable = eps > 0 and sigma > 0
-            grams.append(self.kernel.finish(block, sigma) if usable else torch.zeros_like(block))
+    def _gram(self, key: Hashable, found: tuple[Tensor, float] | Measured) -> Tensor:
+        """The Gram of one entry; zero where it is constant, or has no bandwidth."""
+        block, sigma = found[0], self.sigma.get(key, 1.0)
+        if sigma <= 0 or (not isinstance(found, Measured) and found[1] <= 0):
+            return torch.zeros_like(block)
+        gram = self.kernel.finish(block, sigma)
+        return torch.where(found.eps > 0, gram, 0.0) if isinstance(found, Measured) else gram
+
+    def _add(self, index: int, blocks: _Blocks) -> None:
+        grams = [self._gram(key, blocks[key]) for key in self.keys]
         home = grams[0].device
         stack = torch.stack([g.to(home) for g in grams])  # (m, b, b)
-        n = stack.shape[-1]
+        m, n = stack.shape[:2]
         trace = torch.diagonal(stack, dim1=-2, dim2=-1).sum(-1)
-        eps_all = torch.tensor([blocks[key][1] for key in self.keys], device=home).double()
+        told = [blocks[key] for key in self.keys]
+        if any(isinstance(one, Measured) for one in told):
+            zero = torch.zeros((), dtype=torch.float64, device=home)
+            eps = torch.stack([torch.as_tensor(one[1], device=home).double() for one in told])
+            largest = torch.stack(
+                [one.largest.to(home) if isinstance(one, Measured) else zero for one in told]
+            )
+        else:
+            eps = torch.tensor([one[1] for one in told], device=home).double()
+            largest = eps
+        hsic, floor = hsic_pairs(stack), rounding_floor(trace, eps, n)
+        # all that the host wants of a batch, in one message
+        sums = torch.cat([hsic.flatten(), floor, (trace > 0).double(), largest]).cpu().numpy()
+        for key, value in zip(self.keys, sums[m * m + 2 * m :].tolist(), strict=True):
+            refuse(value, key)
         group = index * self.groups // self.n_batches
-        self.hsic[group] += n * hsic_pairs(stack).cpu().numpy()
-        self.floor[group] += n * rounding_floor(trace, eps_all, n).cpu().numpy()
-        self.varied[group] += (trace > 0).cpu().numpy()
+        self.hsic[group] += n * sums[: m * m].reshape(m, m)
+        self.floor[group] += n * sums[m * m : m * m + m]
+        self.varied[group] += sums[m * m + m : m * m + 2 * m]
         self.weight[group] += n
 
     def merge(self, other: "Minibatch") -> None:
@@ -157,7 +191,7 @@ class Minibatch:
     def result(self) -> Result:
         """CKA, standard errors (jackknife over groups of batches) and what is degenerate."""
         if self.waiting:
-            self._fix_bandwidth()
+            self.fix_bandwidth()
         used = self.weight > 0
         hsic, floor, weight = self.hsic[used], self.floor[used], self.weight[used]
         total, w = hsic.sum(0), weight.sum()

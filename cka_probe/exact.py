@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from cka_probe.device import Watch
 from cka_probe.estimator_base import (
     BANDWIDTH_IMAGES,
     EXACT_GROUPS,
@@ -15,7 +16,7 @@ from cka_probe.estimator_base import (
     finish,
 )
 from cka_probe.hsic import check_n
-from cka_probe.kernels import Block, Kernel, check_finite, get_kernel
+from cka_probe.kernels import Block, Kernel, get_kernel
 from cka_probe.memory import TILE_BYTES, exact_bytes, readable, spool_bytes, spool_columns
 from cka_probe.rows import Rows
 from cka_probe.spool import GramBlocks, Spool
@@ -71,6 +72,24 @@ class Exact:
         self._keys: list[Hashable] = []
         self._sizes: list[tuple[int, int]] = []
         self._open: dict[Hashable, Tensor] = {}
+        self._watch = Watch()
+
+    def piece(self, key: Hashable, x: Tensor) -> list[Tensor]:
+        """A copy of what `absorb` would keep, for another process's estimator."""
+        self._watch.put(key, x)
+        return [x.detach().clone()]
+
+    def absorb(self, key: Hashable, piece: list[Tensor]) -> None:
+        """Keep what the estimator of another process made."""
+        self.put(key, piece[0])
+
+    def settle(self) -> None:
+        """Look at the pieces of a batch.
+
+        Raises:
+            NonFiniteFeaturesError: NaN or Inf.
+        """
+        self._watch.settle()
 
     def put(self, key: Hashable, x: Tensor) -> None:
         """Keep a copy of features (b, d) of `key`, in their dtype, where they are.
@@ -79,7 +98,7 @@ class Exact:
             NonFiniteFeaturesError: NaN or Inf.
             ValueError: neither memory nor disk would hold the features of all images.
         """
-        check_finite(x)
+        self._watch.put(key, x)
         first = not self._keys
         if first and self.memory is not None and self.n_images is not None:
             self._sizes.append((x.shape[1], x.element_size()))
@@ -100,6 +119,7 @@ class Exact:
             ValueError: the entries are not those of the first batch.
         """
         batch, self._open = self._open, {}
+        self._watch.settle()
         check_entries(self._keys, batch, index)
         first, self._keys = not self._keys, self._keys or list(batch)
         for key, x in batch.items():

@@ -21,8 +21,9 @@ _SHOWN = 12  # hex digits of a hash behind a name
 
 def digest(image: Tensor) -> str:
     """SHA-256 over dtype, shape and content."""
-    data = image.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(f"{image.dtype} {tuple(image.shape)}".encode() + data).hexdigest()
+    sha = hashlib.sha256(f"{image.dtype} {tuple(image.shape)}".encode())
+    sha.update(image.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def described(value: Any) -> Any:

@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +15,31 @@ from cka_probe.decode import one_line
 from cka_probe.images import Batch
 from cka_probe.kernels import NonFiniteFeaturesError
 from cka_probe.provenance import MacCounter, layer_table
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What forwards told of the networks, apart from features.
+
+    `tables`: view -> `layer_table`. `macs`: view -> MACs per image. `labels`: view -> tap -> name.
+    `unreached`: modules that no forward reached. `skipped`: output -> why it is no features.
+    """
+
+    tables: dict[str, dict[str, Any]]
+    macs: dict[str, int]
+    labels: dict[str, dict[Tap, str]]
+    unreached: list[str]
+    skipped: dict[str, str]
+
+    @staticmethod
+    def merge(found: "list[Seen]") -> "Seen":
+        """What several processes saw; those without a batch saw nothing."""
+        ran = [one for one in found if one.tables] or found[:1]
+        return replace(
+            ran[0],
+            unreached=[p for p in ran[0].unreached if all(p in one.unreached for one in ran)],
+            skipped={path: why for one in reversed(ran) for path, why in one.skipped.items()},
+        )
 
 
 class Forwards:
@@ -65,6 +91,8 @@ class Forwards:
     def take(self, batch: Batch, bar: Any) -> None:
         """Every view of one batch through its network; the first batch is the check.
 
+        The estimator's batch stays open until `close`.
+
         Raises:
             ValueError: a network cannot take a size, or features are NaN or Inf; the message
                 names the view and, where known, the layer.
@@ -75,8 +103,30 @@ class Forwards:
             self._forward(view, x, batch.index, first)
         if first:
             self._first_look()
-        self.estimator.close_batch(batch.index)
-        bar.update(len(batch.ids))
+
+    def close(self, index: int) -> None:
+        """End the batch: what it came to is added to what was there.
+
+        Raises:
+            ValueError: an accelerator found NaN or Inf; the message names layer, view and batch.
+        """
+        try:
+            self.estimator.close_batch(index)
+        except NonFiniteFeaturesError as error:
+            view, tap = error.key
+            where = f"layer {self.collectors[view].labels[tap]!r}, view {view!r}, batch {index}"
+            raise _not_finite(error, where) from error
+
+    def seen(self) -> "Seen":
+        """What the report says of the networks."""
+        collectors = self.collectors.values()
+        return Seen(
+            tables=self.tables,
+            macs=self.macs,
+            labels={view: dict(c.labels) for view, c in self.collectors.items()},
+            unreached=sorted({path for c in collectors for path in c.unreached}),
+            skipped={path: why for c in collectors for path, why in c.skipped.items()},
+        )
 
     def _forward(self, view: str, x: Tensor, index: int, first: bool) -> None:
         collector, device = self.collectors[view], self.devices[view]
@@ -132,10 +182,7 @@ def _of_tapping(error: Exception, where: str) -> Exception:
     while cause is not None and not isinstance(cause, NonFiniteFeaturesError):
         cause = cause.__cause__
     if cause is not None:
-        return ValueError(
-            f"non-finite features: {one_line(error)}, {where}: "
-            "mend the network's weights, or its input's normalisation"
-        )
+        return _not_finite(error, where)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return _out_of_memory(where)
     text = " ".join(str(error).split())
@@ -184,6 +231,13 @@ def _of_network(
 
 def _out_of_memory(where: str) -> ValueError:
     return ValueError(f"out of memory: {where}: use a smaller batch_size (--batch-size)")
+
+
+def _not_finite(error: Exception, where: str) -> ValueError:
+    return ValueError(
+        f"non-finite features: {one_line(error)}, {where}: "
+        "mend the network's weights, or its input's normalisation"
+    )
 
 
 def _device_of(model: nn.Module) -> torch.device:

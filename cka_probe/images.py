@@ -121,8 +121,6 @@ def batches(
 ) -> Generator[Batch, None, None]:
     """Yield batches start, start + step, ... of the plan; the same values whatever `workers` is.
 
-    Close the generator when leaving early (`contextlib.closing`): that ends the workers.
-
     Args:
         source: From `open_images`.
         transforms: {view name: transform}, from `scale_transforms` or `view_transforms`.
@@ -135,7 +133,7 @@ def batches(
         step: Distance between batches.
 
     Returns:
-        A generator of `Batch`.
+        A generator of `Batch`; where you leave early, close it: that ends the workers.
 
     Raises:
         ImageError: An image cannot be read and `skip_bad` is off.

@@ -7,15 +7,19 @@ feature mean of 1e4 an uncentred float32 Gram holds nothing but the mean. Grams 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cka_probe.gemm import matmul_t
+from cka_probe.own_kernel import checked
+
 SMALL_N = 32  # below this the Gram is taken in float64: it costs nothing and conditioning is worst
 _CHUNK_ROWS = 1024  # fixed, so that a float64 mean does not depend on how features were batched
 _CHUNK_NUMBERS = 2**22  # and wide features take fewer rows at a time, by their width alone
+_SPLIT_N = 64  # from here on a quarter of a batch's Gram is mirrored, not multiplied
 _TILE_BYTES = 2**21  # of a batch's columns, centred while they are in the cache
 _SAFE_TRACE = (1e-18, 1e30)  # squared norms that float32 products hold without loss
 
@@ -52,23 +56,35 @@ class Centred(NamedTuple):
 
 
 class NonFiniteFeaturesError(ValueError):
-    """Features that hold NaN or Inf."""
+    """Features that hold NaN or Inf; `key` is their entry where the message does not name it."""
+
+    def __init__(self, message: str, *, key: Any = None) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Autocast and TF32 off: mixed precision is for the model, never for a Gram matrix."""
     if device.type != "cuda":
+        if not torch.is_autocast_enabled(device.type):
+            yield
+            return
         with torch.autocast(device.type, enabled=False):
             yield
         return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    matmul = torch.backends.cuda.matmul
+    # torch from 2.9 on refuses to tell the old setting where the new one was used
+    name, off = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else (
+        "allow_tf32", False
+    )  # fmt: skip
+    before = getattr(matmul, name)
+    setattr(matmul, name, off)
     try:
         with torch.autocast("cuda", enabled=False):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        setattr(matmul, name, before)
 
 
 def work_dtype(x: Tensor, n: int) -> torch.dtype:
@@ -131,13 +147,16 @@ def batch_block(x: Tensor, kernel: Kernel) -> tuple[Tensor, float]:
         width = max(1, _TILE_BYTES // (n * dtype.itemsize)) if x.device.type == "cpu" else d
         tiles = list(torch.split(x, width, 1)) if d > width else [x]
         room = torch.empty_like(tiles[0], dtype=dtype)
-        gram, offset = torch.zeros((), dtype=torch.float64), 0.0
+        share = torch.full((1, n), 1 / n, dtype=dtype, device=x.device)
+        gram, offset = _empty_gram(n, x.device), 0.0
         for tile in tiles:
             tile = tile.to(dtype)
-            mean = tile.mean(0)
+            mean = (share @ tile)[0]  # a product: half the time of mean(0)
             out = torch.sub(tile, mean, out=room) if tile.shape == room.shape else tile - mean
-            gram = gram + _product(out, out)
+            _add_gram(gram, out)
             offset += float(torch.dot(mean, mean))
+        half = _half(n)
+        gram[:half, half:] = gram[half:, :half].T
         squares = float(gram.trace())
         low, high = _SAFE_TRACE
         if low < squares < high and squares > (16 * eps) ** 2 * (squares + n * offset):
@@ -206,9 +225,29 @@ def _describe(x: Tensor) -> str:
     return f"{kind} in {bad} of {x.numel()} values"
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    g = a @ b.T  # (p, q)
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products (p, q) of rows in float64, taken in the dtype of the rows; MPS: on the CPU."""
+    g = matmul_t(a, b)  # (p, q)
     return g.cpu().double() if g.device.type == "mps" else g.double()
+
+
+def _empty_gram(n: int, device: torch.device) -> Tensor:
+    home = "cpu" if device.type == "mps" else device
+    return torch.zeros(n, n, dtype=torch.float64, device=home)
+
+
+def _half(n: int) -> int:
+    """Rows of the first block of a Gram of `n`: all, where halves would be too thin to be fast."""
+    return n // 2 if n >= _SPLIT_N else n
+
+
+def _add_gram(gram: Tensor, x: Tensor) -> None:
+    """Add x x' to the float64 `gram`, save for its upper right quarter, which mirrors another."""
+    half = _half(len(gram))
+    for rows in (slice(0, half), slice(half, len(gram))):
+        if rows.start < rows.stop:
+            block = matmul_t(x[rows.start :], x[rows])
+            gram[rows.start :, rows] += block.cpu() if x.device.type == "mps" else block
 
 
 def _linear_finish(block: Tensor, sigma: float) -> Tensor:
@@ -216,18 +255,27 @@ def _linear_finish(block: Tensor, sigma: float) -> Tensor:
     return block
 
 
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """Squared Euclidean distances (p, q), in float64 from the product on."""
-    g = _product(a, b)
-    qa = a.double().square().sum(1) if a.device.type != "mps" else a.cpu().double().square().sum(1)
-    qb = b.double().square().sum(1) if b.device.type != "mps" else b.cpu().double().square().sum(1)
-    return g.mul_(-2).add_(qa[:, None]).add_(qb[None, :]).clamp_(min=0)
+    return distances(product(a, b), squared_norms(a), squared_norms(b))
+
+
+def squared_norms(x: Tensor) -> Tensor:
+    """Squared norms of rows (p, d): (p,) in float64."""
+    wide = x.cpu() if x.device.type == "mps" else x
+    norms: Tensor = torch.linalg.vector_norm(wide, dim=1, dtype=torch.float64)
+    return norms.square_()
+
+
+def distances(product: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Squared distances (p, q) from products (p, q), in their place, and squared norms."""
+    return product.mul_(-2).add_(a[:, None]).add_(b[None, :]).clamp_(min=0)
 
 
 def _distances_of_gram(g: Tensor) -> Tensor:
     """Squared Euclidean distances (n, n) from a Gram matrix, in its place."""
     own = g.diagonal().clone()
-    return g.mul_(-2).add_(own[:, None]).add_(own[None, :]).clamp_(min=0)
+    return distances(g, own, own)
 
 
 def _rbf_finish(block: Tensor, sigma: float) -> Tensor:
@@ -235,8 +283,8 @@ def _rbf_finish(block: Tensor, sigma: float) -> Tensor:
 
 
 KERNELS: dict[str, Kernel] = {
-    "linear": Kernel("linear", _product, _linear_finish, of_gram=lambda gram: gram),
-    "rbf": Kernel("rbf", _squared_distances, _rbf_finish, True, of_gram=_distances_of_gram),
+    "linear": Kernel("linear", product, _linear_finish, of_gram=lambda gram: gram),
+    "rbf": Kernel("rbf", squared_distances, _rbf_finish, True, of_gram=_distances_of_gram),
 }
 
 
@@ -264,31 +312,7 @@ def get_kernel(kernel: str | Kernel | Block) -> Kernel:
             f"kernel is neither a name nor a function: {kernel!r:.60}: use 'linear', 'rbf' or a "
             "function of features (p, d), (q, d)"
         )
-    return Kernel(name, _checked(kernel, name), _linear_finish, quadratic=False)
-
-
-def _checked(kernel: Block, name: str) -> Block:
-    """A caller's own kernel, whose result must be a (p, q) tensor."""
-
-    def base(a: Tensor, b: Tensor) -> Tensor:
-        try:
-            block = kernel(a, b)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            text = f"{type(error).__name__} ({' '.join(str(error).split()).replace(': ', ', ')})"
-            raise ValueError(
-                f"kernel failed: {name!r}, {text}: give a function of features (p, d), (q, d)"
-            ) from error
-        shape = tuple(block.shape) if isinstance(block, Tensor) else type(block).__name__
-        if shape != (len(a), len(b)):
-            raise ValueError(
-                f"kernel returned no block: {name!r} gave {shape} for {tuple(a.shape)} and "
-                f"{tuple(b.shape)}: return a tensor ({len(a)}, {len(b)})"
-            )
-        return block.double()
-
-    return base
+    return Kernel(name, checked(kernel, name), _linear_finish, quadratic=False)
 
 
 def register_kernel(kernel: Kernel) -> None:
@@ -306,7 +330,8 @@ def median_bandwidth(squared_distances: list[Tensor], fraction: float) -> float:
     """Sigma = fraction x sqrt(median over i < j of d^2) (Kornblith et al. 2019, section 4).
 
     Args:
-        squared_distances: square matrices (n, n); only pairs within one matrix count.
+        squared_distances: symmetric matrices (n, n), or their upper right parts: rows (r, c) that
+            begin with their diagonal; only pairs within one of them count.
         fraction: multiple of the median distance.
 
     Returns:
@@ -314,6 +339,7 @@ def median_bandwidth(squared_distances: list[Tensor], fraction: float) -> float:
     """
     upper = []
     for d2 in squared_distances:
-        i, j = torch.triu_indices(d2.shape[0], d2.shape[0], offset=1, device=d2.device)
-        upper.append(d2[i, j].cpu().numpy())
+        rows, columns = d2.shape
+        i, j = torch.triu_indices(rows, rows, offset=1, device=d2.device)
+        upper += [d2[i, j].cpu().numpy(), d2[:, rows:columns].flatten().cpu().numpy()]
     return float(fraction * np.sqrt(np.median(np.concatenate(upper))))

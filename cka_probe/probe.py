@@ -10,6 +10,7 @@ from torch import nn
 from cka_probe.kernels import Block
 from cka_probe.layers import Layers
 from cka_probe.probe_run import REPORT, Run
+from cka_probe.ranks import Ranks
 from cka_probe.reduce import Reducer
 from cka_probe.report import Report
 from cka_probe.views import Transform
@@ -48,6 +49,7 @@ def probe(
     out: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    ranks: Ranks | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Report:
     """CKA of every layer at every scale with every other, with error bars, from one pass.
@@ -91,8 +93,11 @@ def probe(
         sketch_size: k of `sketch`; 512 where None.
         precision: wanted standard error of the sketch itself, instead of `sketch_size`.
         out: folder for the saved state and the finished report.npz; None saves nothing.
-        resume: continue from the state saved in `out`; with none there, start anew.
+        resume: continue from the state saved in `out`, with any number of processes; with none
+            there, start anew. `exact` with its features on disk saves no state.
         progress: show a progress bar.
+        ranks: the processes that share this run, each calling with the same arguments: what
+            `cka_probe.ranks.started` yields. None: this process alone, whoever else there is.
         say: called with a line of text before the start, where there is something to say: which
             estimator "auto" took and why, or what `exact` will put on disk.
 
@@ -101,7 +106,8 @@ def probe(
 
     Raises:
         ValueError: bad input, named; a size that the network refuses; NaN or Inf features; a
-            saved state of another run.
+            saved state that is damaged or of another run.
+        LostRankError: another process died or failed.
 
     >>> from cka_probe import glyphnet, glyphs
     >>> images, _ = glyphs.tensor("test", 64)
@@ -114,6 +120,6 @@ def probe(
         antialias=antialias, kernel=kernel, bandwidth=bandwidth, reduce=reduce,
         estimator=estimator, batch_size=batch_size, n_images=n_images, seed=seed, mean=mean,
         std=std, device=device, amp=amp, skip_bad=skip_bad, workers=workers, memory=memory,
-        sketch_size=sketch_size, precision=precision, out=out, resume=resume,
+        sketch_size=sketch_size, precision=precision, out=out, resume=resume, ranks=ranks,
     )  # fmt: skip
-    return run.finished() or run.execute(progress=progress, say=say)
+    return run.report(progress=progress, say=say)

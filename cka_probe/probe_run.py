@@ -2,34 +2,32 @@
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from cka_probe import state
 from cka_probe.asked import made_plain
 from cka_probe.choose import AUTO, Choice, choose, spool_forecast, usable
 from cka_probe.collect import Tap
 from cka_probe.decode import ImageError
 from cka_probe.estimate import Estimate, estimate
-from cka_probe.estimators import ESTIMATORS, Minibatch, Result
+from cka_probe.estimators import ESTIMATORS, Result
 from cka_probe.features import warn_degenerate
 from cka_probe.files import plain
 from cka_probe.fingerprints import described
-from cka_probe.forwards import Forwards
-from cka_probe.images import Source, batches, open_images, plan
+from cka_probe.images import Source, open_images, plan
 from cka_probe.kernels import Kernel, get_kernel
+from cka_probe.loop import Loop
 from cka_probe.memory import available_memory, parse_memory
 from cka_probe.models import IMAGENET
-from cka_probe.progress import progress_bar
 from cka_probe.project import BLOCKS
 from cka_probe.provenance import merge_tables, model_sha256, versions
+from cka_probe.ranks import Ranks
 from cka_probe.report import Report
 from cka_probe.sketch import check_linear, choose_size
-from cka_probe.state import STATE, load_state, save_state
+from cka_probe.state import STATE, differences, refuse_other, saved_options
 from cka_probe.views import NATIVE, Transform, look, scale_transforms, view_transforms
 
 REPORT = "report.npz"
@@ -40,7 +38,8 @@ class Run:
 
     def __init__(self, model: nn.Module | None, images: Any, scales: Any, **ask: Any) -> None:
         scales, ask = made_plain(model, scales, ask)
-        self.ask = {**ask, "scales": scales}
+        self.ask = {**ask, "way_out": _way_out(scales, ask["resize"])}
+        self.ranks: Ranks = ask.get("ranks") or Ranks()
         self.kernel = get_kernel(ask["kernel"])
         self.bandwidth = 1.0 if ask["bandwidth"] is None else ask["bandwidth"]
         if not self.bandwidth > 0:
@@ -66,6 +65,7 @@ class Run:
         self.choice = Choice(ask["estimator"], "", self.memory or available_memory(), size)
         if ask["estimator"] == AUTO:
             self.choice = self._auto()
+        self.choice = self.ranks.agree(self.choice)  # what is free differs
         self.options = self._options()
 
     def _views(
@@ -111,7 +111,10 @@ class Run:
                 name = str(done.get("estimator", "minibatch"))
                 return Choice(name, "as the finished run", self.memory or 0, size)
             if (self.out / STATE).exists():
-                return Choice("minibatch", "as the saved state", self.memory or 0)
+                saved = saved_options(self.out)
+                name, size = saved.get("estimator", "minibatch"), saved.get("sketch_size")
+                memory = self.memory or available_memory()
+                return Choice(str(name), "as the saved state", memory, size)
         cost = self.forecast()
         return choose(
             cost.widths if cost else None, n=len(self.source), batch=ask["batch_size"],
@@ -200,78 +203,53 @@ class Run:
             "skip_bad": bool(ask["skip_bad"]),
         }
 
-    def _way_out(self) -> str:
-        """What to do about a size that the network refuses."""
-        if self.ask["scales"] is None:
-            return "give images of a size that it takes (compare: --size)"
-        if self.ask["resize"] == "restore":
-            return "take another reference (--reference)"
-        return "leave that size out, or use resize='restore' (--resize restore)"
-
     def finished(self) -> Report | None:
         """The report of the same run, where it is being resumed after its end."""
         if not self.ask["resume"] or self.out is None or not (self.out / REPORT).exists():
             return None
         report = Report.load(self.out / REPORT)
-        for name, value in plain(self.options).items():
-            if report.meta.get("run", {}).get(name) != value:
-                raise ValueError(
-                    f"finished report of another run: {name} differs: run without --resume and "
-                    "with --overwrite, or as before"
-                )
+        refuse_other(report.meta.get("run", {}), self.options, "finished report")
         return report
 
-    def execute(self, *, progress: bool, say: Callable[[str], None] | None = None) -> Report:
-        """Make every forward, then the report."""
-        ask = self.ask
+    def report(self, *, progress: bool, say: Callable[[str], None] | None = None) -> Report:
+        """The finished report where there is one to resume, else that of a run; on every process.
+
+        Raises:
+            ValueError: the processes were not asked for the same; and as `probe` says.
+            LostRankError: another process died or failed.
+        """
+        first = self.ranks.first
+        self._same_everywhere()
+        done = self.ranks.agree(self.finished() if first else None)
+        if done is None:
+            say = say if first else None
+            done = self.ranks.agree(self._execute(progress=progress, say=say))
+        assert isinstance(done, Report)
+        return done
+
+    def _same_everywhere(self) -> None:
+        """Raise unless every process has the same fingerprint."""
+        for rank, options in enumerate(self.ranks.gather(plain(self.options))):
+            for name, theirs, ours in differences(options, plain(self.options)):
+                raise ValueError(
+                    f"processes differ: {name} is {theirs!r:.40} on rank {rank}, {ours!r:.40} on "
+                    "rank 0: give all the same"
+                )
+
+    def _execute(self, *, progress: bool, say: Callable[[str], None] | None) -> Report | None:
+        """Make every forward, then the report on rank 0; None on the others."""
         self._announce(say)
-        estimator = self._estimator()
-        start, bad = 0, list[str]()
-        if self.out is not None:
-            self.out.mkdir(parents=True, exist_ok=True)
-            if ask["resume"] and isinstance(estimator, Minibatch):
-                start, bad = load_state(self.out, estimator, self.options) or (0, [])
+        loop = Loop(
+            self._estimator(), self.source, self.plan, options=self.options, folder=self.out,
+            ranks=self.ranks,
+        )  # fmt: skip
         began = time.perf_counter()
-        with ExitStack() as stack:
-            work = Forwards(
-                self.models, estimator, stack, layers=ask["layers"], reduce=ask["reduce"],
-                device=ask["device"], amp=ask["amp"], way_out=self._way_out(),
-            )  # fmt: skip
-            bar = stack.enter_context(
-                progress_bar(
-                    len(self.source), desc="probe", unit="image",
-                    initial=self._images_before(start), show=progress,
-                )
-            )  # fmt: skip
-            stream = stack.enter_context(
-                closing(
-                    batches(
-                        self.source, self.transforms, batch_size=ask["batch_size"],
-                        seed=ask["seed"], workers=ask["workers"], skip_bad=ask["skip_bad"],
-                        start=start,
-                    )
-                )
-            )  # fmt: skip
-            saved = time.perf_counter()
-            following = start
-            try:
-                for batch in stream:
-                    bad += [*batch.bad, *batch.left_out]
-                    if batch.views:
-                        work.take(batch, bar)
-                    following = batch.index + 1
-                    if time.perf_counter() - saved > state.SAVE_EVERY_S:
-                        self._save(estimator, following, bad)
-                        saved = time.perf_counter()
-                bar.leave = True
-            except KeyboardInterrupt:
-                self._save(estimator, following, bad)
-                raise
-        if not work.tables:
-            raise ValueError(f"no readable images: {len(bad)} left out: check the files")
-        result = estimator.result()
+        seen = loop.run(self.models, self.transforms, self.ask, progress=progress, say=say)
+        if not self.ranks.first:
+            return None
+        result = loop.estimator.result()
         keys: list[tuple[str, Tap]] = result.keys
-        labels = [work.collectors[view].labels[tap] for view, tap in keys]
+        labels = [seen.labels[view][tap] for view, tap in keys]
         names = [
             f"layer {label!r} in view {view!r}"
             for (view, _), label in zip(keys, labels, strict=True)
@@ -282,21 +260,22 @@ class Run:
                 k: self.options[k] for k in ("reference", "kernel", "bandwidth", "reduce", "resize")
             },
             **{k: self.options[k] for k in ("estimator", "batch_size", "seed", "antialias")},
-            "n_images": len(self.source) - len(bad),
+            "n_images": len(self.source) - len(loop.left_out),
             "groups": result.groups,
             "unbiased": True,
             "run": self.options,
-            "left_out": bad,
-            "unreached": sorted({p for c in work.collectors.values() for p in c.unreached}),
-            "skipped": {p: why for c in work.collectors.values() for p, why in c.skipped.items()},
-            "layers": merge_tables(work.tables.values()),
-            "view_macs": work.macs,
+            "left_out": loop.left_out,
+            "unreached": seen.unreached,
+            "skipped": seen.skipped,
+            "layers": merge_tables(seen.tables.values()),
+            "view_macs": seen.macs,
             "versions": versions(),
+            "processes": self.ranks.size,
             "seconds": round(time.perf_counter() - began, 3),
         }
         meta |= self._about(result)
-        if start:
-            meta["resumed_from_batch"] = start
+        if self.ask["resume"]:
+            meta["resumed_from_batch"] = loop.start
         report = Report(
             cka=result.cka,
             stderr=result.stderr,
@@ -306,7 +285,7 @@ class Run:
         )
         if self.out is not None:
             report.save(self.out / REPORT)
-            (self.out / STATE).unlink(missing_ok=True)
+            loop.saver.clear()
         return report
 
     def _about(self, result: Result) -> dict[str, Any]:
@@ -319,20 +298,6 @@ class Run:
             about["sketch"] = {"size": self.choice.size, "blocks": BLOCKS, "stderr": rounded}
         return about
 
-    def _images_before(self, batch: int) -> int:
-        return sum(rows.stop - rows.start for rows in self.plan[:batch])
-
-    def _save(self, estimator: Any, following: int, bad: list[str]) -> None:
-        """Save the sums, unless there is nothing worth it (or `exact`, whose state is the set)."""
-        worth = 0 < following < len(self.plan)
-        if (
-            self.out is not None
-            and worth
-            and isinstance(estimator, Minibatch)
-            and not estimator.waiting
-        ):
-            save_state(self.out, estimator, following, self.options, bad)
-
 
 def _kernel_name(asked: Any, kernel: Kernel) -> str:
     """The name of a kernel of ours; a user's with a hash of its code."""
@@ -340,3 +305,12 @@ def _kernel_name(asked: Any, kernel: Kernel) -> str:
         return str(described(asked))
     ours = kernel.base.__module__ == get_kernel.__module__
     return kernel.name if ours else f"{kernel.name} ({described(kernel.base)})"
+
+
+def _way_out(scales: Any, resize: str) -> str:
+    """What to do about a size that the network refuses."""
+    if scales is None:
+        return "give images of a size that it takes (compare: --size)"
+    if resize == "restore":
+        return "take another reference (--reference)"
+    return "leave that size out, or use resize='restore' (--resize restore)"

@@ -82,7 +82,7 @@ class Projection:
             origin: (d,) what is taken off every row first, so that a large offset costs no digits.
 
         Returns:
-            S(x - origin), (b, k) in the dtype of x, and S(origin), (k,) float64 on the CPU.
+            S(x - origin), (b, k) in the dtype of x, and S(origin), (k,) float64; MPS: on the CPU.
         """
         shape = (self.slots, self.tile)
         wide = torch.float32 if x.device.type == "mps" else torch.float64
@@ -100,7 +100,8 @@ class Projection:
                 torch.index_select(rows, 1, order[block], out=tiles)
                 z[block].addcmul_(tiles, signs[block])
             start += (one.view(shape)[order] * signs).to(wide)  # a sign loses no digit
-        return self._fold(z), self._fold(start[:, None])[0].double().cpu()
+        origin = self._fold(start[:, None])[0]
+        return self._fold(z), (origin.cpu() if x.device.type == "mps" else origin).double()
 
     def _fold(self, z: Tensor) -> Tensor:
         """Turn every slot by its number and add: (q, b, slots, L) -> (b, q * buckets)."""

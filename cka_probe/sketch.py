@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cka_probe.device import Watch, on_accelerator
 from cka_probe.estimator_base import EXACT_GROUPS, Result, check_entries, finish
 from cka_probe.hsic import Array, check_n
 from cka_probe.kernels import (
@@ -76,10 +77,12 @@ class Sketch:
         self.seed, self.n_images, self.groups = seed, n_images, groups
         self.rows: dict[Hashable, Rows] = {}
         self.origin: dict[Hashable, Tensor] = {}  # (k,) float64, what the rows are relative to
-        self.offset: dict[Hashable, float] = {}  # sum over images of |batch mean|^2
+        self.offset: dict[Hashable, Tensor] = {}  # sum over images of |batch mean|^2
         self.eps: dict[Hashable, float] = {}
         self._projections: dict[Hashable, Projection | None] = {}
-        self._open: dict[Hashable, Tensor] = {}
+        self.kept: dict[Hashable, bool] = {}  # as it is: no more than k features
+        self._open: dict[Hashable, list[Tensor]] = {}
+        self._watch = Watch()
 
     def put(self, key: Hashable, x: Tensor) -> None:
         """Project features (b, d) of `key`; k numbers an image are kept.
@@ -90,11 +93,20 @@ class Sketch:
         Raises:
             NonFiniteFeaturesError: NaN or Inf.
         """
+        self._open[key] = self.piece(key, x)
+
+    def piece(self, key: Hashable, x: Tensor) -> list[Tensor]:
+        """What is kept of features (b, d): their sketch (b, k), what was taken off, and its size.
+
+        Returns:
+            y (b, k); the projection of the batch's mean, (k,) float64; b |mean|^2, 0-d float64.
+        """
         x = x.detach()
         if x.dtype not in (torch.float32, torch.float64):
             x = x.float()
         mean = x.mean(0)
-        if not bool(torch.isfinite(mean).all()):
+        fast = not on_accelerator(x)
+        if fast and not bool(torch.isfinite(mean).all()):
             check_finite(x)
             raise NonFiniteFeaturesError("values too large for sums in their dtype")
         if key not in self._projections:
@@ -102,26 +114,58 @@ class Sketch:
             self._projections[key] = (
                 Projection(self.seed, key, x.shape[1], self.size) if wide else None
             )
+            self.kept[key] = not wide
         projection = self._projections[key]
         if projection is None:
-            y, start = x - mean, mean.cpu().double()
+            y, start = x - mean, _double(mean)
         else:
             y, start = projection(x, mean)
-        if not bool(torch.isfinite(y).all()):
+        if not fast:
+            self._watch.put(key, y)
+        elif not bool(torch.isfinite(y).all()):
             check_finite(x)
             raise NonFiniteFeaturesError("values too large for sums in their dtype")
-        start = start - self.origin.setdefault(key, start)
-        self._open[key] = y.add_(start.to(y.dtype).to(y.device))
-        norm = float(torch.linalg.vector_norm(mean.cpu().double()))
-        self.offset[key] = self.offset.get(key, 0.0) + len(x) * norm**2
-        self.eps[key] = torch.finfo(x.dtype).eps
+        return [y, start, len(x) * torch.linalg.vector_norm(_double(mean)).square()]
+
+    def absorb(self, key: Hashable, piece: list[Tensor]) -> None:
+        """Keep what the estimator of another process made; it knows `kept` of the entry."""
+        self._open[key] = piece
+
+    def settle(self) -> None:
+        """Look at the pieces of a batch.
+
+        Raises:
+            NonFiniteFeaturesError: NaN or Inf.
+        """
+        self._watch.settle()
 
     def close_batch(self, index: int) -> None:
         """File the open batch under its index; batches may come in any order."""
         batch, self._open = self._open, {}
+        self._watch.settle()
         check_entries(self.rows, batch, index)
-        for key, y in batch.items():
+        for key, (y, start, offset) in batch.items():
+            start = start - self.origin.setdefault(key, start)
+            y.add_(start.to(y.dtype).to(y.device))
             self.rows.setdefault(key, Rows(self.n_images)).append(index, y)
+            self.offset[key] = offset + self.offset.get(key, torch.zeros_like(offset))
+            self.eps[key] = torch.finfo(y.dtype).eps
+
+    def restore(
+        self, keys: list[Hashable], widths: Array, origin: Array, offset: Array, kept: Array,
+        home: torch.device,
+    ) -> None:  # fmt: skip
+        """Take up, on `home`, what rows that follow by `add_rows` are relative to."""
+        starts = np.split(origin, np.cumsum(widths)[:-1])
+        for key, start, size, whole in zip(keys, starts, offset, kept, strict=True):
+            self.origin[key] = torch.tensor(start, dtype=torch.float64, device=home)
+            self.offset[key] = torch.tensor(float(size), dtype=torch.float64, device=home)
+            self.kept[key] = bool(whole)
+
+    def add_rows(self, key: Hashable, index: int, y: Tensor) -> None:
+        """Take rows that were kept before."""
+        self.rows.setdefault(key, Rows(self.n_images)).append(index, y)
+        self.eps[key] = torch.finfo(y.dtype).eps
 
     def merge(self, other: "Sketch") -> None:
         """Take the sketches of another estimator over other batches of the same run.
@@ -139,7 +183,7 @@ class Sketch:
             self.rows.setdefault(key, Rows()).extend(rows)
             self.offset[key] = self.offset.get(key, 0.0) + other.offset[key]
             self.eps[key] = other.eps[key]
-            self._projections[key] = other._projections[key]
+            self.kept[key] = other.kept[key]
 
     def result(self) -> Result:
         """CKA; sampling and sketch error added in quadrature; what is degenerate.
@@ -152,15 +196,17 @@ class Sketch:
         features, constant = [], []
         for key in keys:
             centred = centre_full(self.rows.pop(key).take())
-            blocks = 1 if self._projections[key] is None else BLOCKS
+            blocks = 1 if self.kept[key] else BLOCKS
             spread = float(torch.linalg.vector_norm(centred.x.double())) / math.sqrt(blocks)
             limit = (
-                8 * self.eps[key] * math.hypot(spread, math.sqrt(self.offset[key]) / centred.scale)
+                8
+                * self.eps[key]
+                * math.hypot(spread, math.sqrt(float(self.offset[key])) / centred.scale)
             )
             flat = centred.constant or spread <= limit
             features.append(centred.x.zero_() if flat else centred.x)
             constant.append(flat)
-        kept = [self._projections[key] is None for key in keys]
+        kept = [self.kept[key] for key in keys]
         sums = SketchSums(features, kept, min(self.groups, n // 4))
         eps = np.array([self.eps[key] for key in keys])
         cka, sampling, own = sketched_result(sums, eps)
@@ -180,6 +226,10 @@ class Sketch:
                 UserWarning,
                 stacklevel=4,
             )
+
+
+def _double(x: Tensor) -> Tensor:
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def check_linear(kernel: Kernel) -> None:

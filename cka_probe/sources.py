@@ -109,6 +109,8 @@ class _Items(Source):
             raise ValueError(f"no image can be read: {len(self)} in {name}: check the dataset")
 
     def _read(self, i: int) -> tuple[Tensor, bool]:
+        if isinstance(self._dataset, Tensor):  # checked as a whole, and nothing random inside
+            return self._dataset[self._pick[i]], False
         with seeded(self._seed, self.ids[i]):
             return decode.read_item(self._dataset, self._pick[i], self.ids[i])
 

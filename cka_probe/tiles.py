@@ -16,10 +16,16 @@ from cka_probe.hsic import Array, hsic_from_sums, jackknife, normalise, rounding
 from cka_probe.kernels import (
     Kernel,
     centre_full,
+    distances,
     full_precision,
     median_bandwidth,
+    product,
+    squared_distances,
+    squared_norms,
 )
 from cka_probe.memory import TILE_BYTES
+
+_BANDWIDTH_ROWS = 256  # of distances at a time, and no fewer than an eighth
 
 
 class Blocks(Protocol):
@@ -56,10 +62,15 @@ class FeatureBlocks:
             constant.append(centred.constant)
         self.constant = np.array(constant)
         self.eps = [torch.finfo(x.dtype).eps for x in self.x]
+        squares = kernel.base is squared_distances
+        self._norms = [squared_norms(x) for x in self.x] if squares else []
 
     def base(self, i: int, rows: slice, columns: slice) -> Tensor:
         """The kernel's `base` (float64) of entry i for these rows and columns."""
-        return self.kernel.base(self.x[i][rows], self.x[i][columns])
+        a, b = self.x[i][rows], self.x[i][columns]
+        if not self._norms:
+            return self.kernel.base(a, b)
+        return distances(product(a, b), self._norms[i][rows], self._norms[i][columns])
 
 
 class TiledSums:
@@ -115,9 +126,14 @@ class TiledSums:
         if not self.kernel.needs_bandwidth:
             return [1.0] * self.m, [0.0] * self.m
         sigma, first = [], slice(0, min(images or self.n, self.n))
+        step = max(_BANDWIDTH_ROWS, -(-first.stop // 8))  # of the upper half, which is enough
         for i, constant in enumerate(self.constant):
             with torch.no_grad(), full_precision(self.home):
-                d2 = [] if constant else [self.source.base(i, first, first)]
+                d2 = [] if constant else [
+                    self.source.base(i, slice(top, min(top + step, first.stop)),
+                                     slice(top, first.stop))
+                    for top in range(0, first.stop, step)
+                ]  # fmt: skip
             sigma.append(median_bandwidth(d2, fraction) if d2 else 0.0)
         # the kernel at the median distance: taking it off all entries changes no HSIC, keeps digits
         return sigma, [float(np.exp(-0.5 / fraction**2))] * self.m

@@ -88,7 +88,7 @@ def imagenet_rows(data: Path) -> list[int]:
 TASKS = {
     "mobilenetv2": Task(
         mobilenetv2, lambda data, _: data / "images" / "imagenette224", imagenet_rows,
-        [32, 64, 128, 224], [32, 64, 128], list(range(32, 225, 16)), 224, 6, 0.003, None,
+        [32, 64, 128, 224], [32, 64, 128], list(range(32, 225, 16)), 224, 8, 0.03, None,
     ),
     "resnet20": Task(
         cifar_resnet20, cifar, lambda _: None,
@@ -119,25 +119,29 @@ def chosen_cut(task: Task, loaded: LoadedModel, images: Path, work: Path, name: 
 def best_start(
     task: Task, loaded: LoadedModel, at: str, images: Path, rows: Any, work: Path, name: str
 ) -> str:
-    """Which start of the small subnets keeps the map at the cut most like the reference's."""
+    """Which start of the small subnets keeps the map at the cut most like the reference's.
+
+    For `lean`, and where the trunk always runs at the full grid, for which more strides go; the
+    choice is by `lean` at the smallest scale.
+    """
     path = HERE / "results" / f"tune_{name}_starts.csv"
     if not (work / "starts.done").exists():
         frames = []
-        for start in STARTS:
-            net = build(loaded, at, task.scales, start=start)
-            frames.append(
-                evaluate(
+        for merge in ("follow", "full"):
+            for start in STARTS:
+                net = build(loaded, at, task.scales, start=start, merge=merge)
+                table = evaluate(
                     net, images, task.scales, split="train", n_images=384, arm=start, rows=rows,
                     mean=loaded.mean, std=loaded.std, latency=False,
-                )
-            )  # fmt: skip
+                )  # fmt: skip
+                changes = [net.origin.changes[side] for side in table["size_px"]]
+                frames.append(table.assign(merge=merge, changes=changes))
         table = pd.concat(frames, ignore_index=True)
-        table[["arm", "size_px", "cka", "cka_low", "cka_high", "top1"]].round(4).to_csv(
-            path, index=False
-        )
+        columns = ["merge", "arm", "size_px", "cka", "cka_low", "cka_high", "top1", "changes"]
+        table[columns].round(4).to_csv(path, index=False)
         (work / "starts.done").touch()
     table = pd.read_csv(path)
-    smallest = table[table["size_px"] == task.scales[0]]
+    smallest = table[(table["size_px"] == task.scales[0]) & (table["merge"] == "follow")]
     print(table.to_string(index=False), flush=True)
     return str(smallest.loc[smallest["cka"].idxmax(), "arm"])
 
@@ -180,7 +184,7 @@ def run(name: str, data: Path, work: Path) -> None:
         config = TrainConfig(
             out=work / arm, epochs=round(task.epochs * macs["lean"] / macs[arm]), lr=task.lr,
             rows=rows, mean=loaded.mean, std=loaded.std, label_smoothing=0.1, val_share=0.1,
-            clip=100.0, resume=True,
+            clip=1.0, resume=True,
         )  # fmt: skip
         tuned[arm] = train(net, images / "train", config)
     frames = []

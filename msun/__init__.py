@@ -3,9 +3,10 @@
 from msun.build import build
 from msun.calibrate import calibrate, recalibrated
 from msun.checkpoint import load, save
+from msun.classifier import new_head
 from msun.cut import cut, cut_points, find_cuts
 from msun.evaluate import compare, evaluate
-from msun.heads import head_costs
+from msun.heads import head_costs, subnet_costs
 from msun.model import MSUN
 from msun.scores import Predictions
 from msun.split import suggest_split
@@ -28,8 +29,10 @@ __all__ = [
     "find_cuts",
     "head_costs",
     "load",
+    "new_head",
     "recalibrated",
     "save",
+    "subnet_costs",
     "suggest_split",
     "train",
 ]

@@ -23,7 +23,7 @@ from msun.settle import settled
 from msun.subnets import STARTS, resample_first
 from msun.surgery import take_out
 
-__all__ = ["build", "fingerprint"]
+__all__ = ["build", "fingerprint", "map_axes", "small_heads"]
 
 
 def build(
@@ -87,14 +87,14 @@ def build(
         )
     example = example_images(model, sides[-1])
     head, tail = _parts(model, at, example)
-    axes = _axes(head, example)
+    axes = map_axes(head, example)
     private = sides if policy.norm == "private" and len(sides) > 1 else None
     if policy.subnets == "shared":
         install(head, private)
     recipe, why = None, ""
     if preset == "paper":
         recipe, why = _recipe(model, at, example, sides, policy, start)
-    heads, changes = _heads(head, tail, sides, policy, recipe, start, example, axes)
+    heads, changes = small_heads(head, sides, policy, recipe, start, example, axes)
     for own in heads.values() if policy.subnets == "own" else ():
         install(own)
     install(tail, private)
@@ -121,12 +121,30 @@ def build(
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the names and shapes of a network's parameters and buffers."""
+    """SHA-256 of a network's structure: its class, its parts and what they are set to.
+
+    Names and shapes of parameters and buffers; of each module without children its class and what
+    steers a convolution, a pooling or a norm. What a container's forward does is not in it.
+    """
     state = model.state_dict(keep_vars=True)
-    text = "\n".join(
-        f"{key} {tuple(x.shape)}" for key, x in sorted(state.items()) if isinstance(x, Tensor)
-    )
-    return hashlib.sha256(text.encode()).hexdigest()
+    lines = [f"{key} {tuple(x.shape)}" for key, x in sorted(state.items()) if isinstance(x, Tensor)]
+    for path, module in model.named_modules():
+        if not module._modules:
+            told = [f"{name}={getattr(module, name)}" for name in _TOLD if hasattr(module, name)]
+            lines.append(" ".join((path, type(module).__name__, *told)))
+    return hashlib.sha256("\n".join([type(model).__name__, *lines]).encode()).hexdigest()
+
+
+_TOLD = (
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "ceil_mode",
+    "eps",
+    "output_size",
+)
 
 
 def _spec(backbone: nn.Module | LoadedModel, spec: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -135,6 +153,7 @@ def _spec(backbone: nn.Module | LoadedModel, spec: Mapping[str, Any] | None) -> 
     if isinstance(backbone, LoadedModel):
         known = {"name": backbone.name, "model_args": {}}
         known |= {"mean": backbone.mean, "std": backbone.std, "weights": backbone.weights}
+        known |= {} if backbone.new_head is None else {"new_head": backbone.new_head}
     elif not isinstance(backbone, nn.Module):
         raise TypeError(f"no network: {type(backbone).__name__}: give an nn.Module")
     made: dict[str, Any] = plain({**known, **(spec or {})}, "spec")
@@ -149,8 +168,13 @@ def _parts(model: nn.Module, at: str, example: Tensor) -> tuple[Part, Part]:
     return settled(head), tail
 
 
-def _axes(head: Part, example: Tensor) -> tuple[int, int]:
-    """Where rows and columns stand in the map: the axes that follow the image's size."""
+def map_axes(head: Part, example: Tensor) -> tuple[int, int]:
+    """Where rows and columns stand in the map: the axes that follow the image's size.
+
+    Args:
+        head: of the backbone.
+        example: images that it takes, (n, c, h, w).
+    """
     shape = (1, *example.shape[1:])
     shadow = Shadow(head, shape)
     here, side = shadow.see(shape).shape, shape[-1]
@@ -182,9 +206,8 @@ def _recipe(
     return recipe, why
 
 
-def _heads(
+def small_heads(
     head: Part,
-    tail: Part,
     sides: tuple[int, ...],
     policy: Policy,
     recipe: Recipe | None,
@@ -192,7 +215,20 @@ def _heads(
     example: Tensor,
     axes: tuple[int, int],
 ) -> tuple[dict[int, Part], dict[int, str]]:
-    """The subnet of each scale, and what differs from the backbone's head."""
+    """The subnet of each scale, and what differs from the backbone's head.
+
+    Args:
+        head: of the backbone; that of the reference, the last of `sides`.
+        sides: of the scales in pixels, ascending.
+        policy: the choices.
+        recipe: the paper's own subnets; None to take strides out.
+        start: what the small ones start from.
+        example: images at the reference scale, (n, c, h, w).
+        axes: where rows and columns stand in the map.
+
+    Raises:
+        ValueError: a scale that the head cannot take.
+    """
     reference = sides[-1]
     known = (1, *example.shape[1:])
     shadow = Shadow(head, known)

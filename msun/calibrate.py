@@ -59,7 +59,8 @@ def calibrate(
         model: the network.
         data: training images, as for `open_labelled`; the labels are not used. Those that are
             tested on would make the test easier than it is.
-        sizes: sides in pixels.
+        sizes: sides of square images in pixels; for other shapes, `msun.norms.recalibrate` takes
+            batches of one (h, w).
         n_images: how many, seeded; all where there are fewer.
         batch_size: images a batch, at most; batches are made equal, since each is normalised by
             its own statistics on the way.

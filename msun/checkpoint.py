@@ -16,6 +16,7 @@ from cka_probe.files import plain, replacing
 from cka_probe.layers import unwrap
 from cka_probe.models import LoadedModel, load_model
 from msun.build import build, fingerprint
+from msun.classifier import new_head
 from msun.model import MSUN
 from msun.policy import POLICIES, Policy, check_scales
 
@@ -209,7 +210,8 @@ def _made_again(path: str | os.PathLike[str], spec: Mapping[str, Any]) -> Loaded
     if not spec.get("name"):
         raise ValueError(f"checkpoint of a bare network: {path} has no name: give backbone=")
     try:
-        return load_model(spec["name"], "none", model_args=spec.get("model_args"))
+        made = load_model(spec["name"], "none", model_args=spec.get("model_args"))
+        return new_head(made, spec["new_head"]) if spec.get("new_head") else made
     except (ValueError, TypeError) as error:
         name = spec["name"]
         reason = one_line(error)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from cka_probe.cli import _joined, _Parser
 from cka_probe.cli_commands import version_line
 from cka_probe.cli_output import explain
+from cka_probe.ranks import LostRankError, may_speak
 from msun import cli_build, cli_cuts, cli_demo, cli_eval, cli_suggest, cli_train
 
 PROG = "msun"
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     except KeyboardInterrupt:
         return _fail("interrupted: Ctrl-C: run again", 130)
+    except LostRankError as error:
+        return 1 if error.told else _fail(str(error), 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -74,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(message: str, status: int) -> int:
     if os.environ.get("MSUN_DEBUG"):
         raise
+    if not may_speak():  # of the processes that share a run, one says what went wrong
+        return status
     print(f"{PROG}: {' '.join(message.split())}", file=sys.stderr)
     return status
 

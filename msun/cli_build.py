@@ -102,8 +102,8 @@ def describe(net: MSUN) -> list[str]:
                 str(side),
                 _grid(plan.grid),
                 _grid(plan.merged),
-                f"{parameter_count(net.head(side)) / 1e6:.3f} M",
-                f"{plan.macs / 1e9:.3f}",
+                _millions(parameter_count(net.head(side))),
+                f"{plan.macs / 1e9:.3f}" if plan.macs >= 1e8 else f"{plan.macs / 1e9:.3g}",
                 net.origin.changes[side] or "nothing: the backbone",
             )
         )
@@ -120,10 +120,15 @@ def describe(net: MSUN) -> list[str]:
         "",
         *lines,
         "",
-        f"{parameter_count(net) / 1e6:.3f} M parameters, {parameter_count(net.tail) / 1e6:.3f} M "
+        f"{_millions(parameter_count(net))} parameters, {_millions(parameter_count(net.tail))} "
         "of them in the trunk",
     ]
 
 
 def _grid(grid: tuple[int, int]) -> str:
     return f"{grid[0]} x {grid[1]}"
+
+
+def _millions(count: int) -> str:
+    """A number of parameters, to three digits where it is small."""
+    return f"{count / 1e6:.3f} M" if count >= 1e5 else f"{count / 1e6:.3g} M"

@@ -89,10 +89,24 @@ def sentences(done: Demo) -> list[str]:
         f"images, the single-scale one on {top1['single', small]:.1%} fed as they are and "
         f"{top1['single, upsampled', small]:.1%} enlarged to {large} px; at {large} px "
         f"{top1['lean', large]:.1%} and {top1['single', large]:.1%}.",
+        _where_it_loses(done),
         f"Mean over the sizes, with million MACs an image: {listed}.",
         f"Trained for {done.gmacs['lean']:.0f} and {done.gmacs['single']:.0f} GMACs forward, "
         f"{done.steps['lean']} and {done.steps['single']} steps.",
     ]
+
+
+def _where_it_loses(done: Demo) -> str:
+    """The sizes at which another arm has more right answers, in words."""
+    wide = done.evaluation.pivot_table(index="size_px", columns="arm", values="top1", sort=False)
+    better = [
+        f"{side} px ({row.idxmax()} {row.max():.1%}, lean {row['lean']:.1%})"
+        for side, row in wide.iterrows()
+        if row.max() > row["lean"]
+    ]
+    if not better:
+        return "No other arm is ahead of it at any of the sizes."
+    return f"It is behind at {', '.join(better)}."
 
 
 def _say(text: str) -> None:
@@ -104,8 +118,10 @@ def _table(frame: pd.DataFrame) -> pd.DataFrame:
     wide = frame.pivot_table(index="size_px", columns="arm", values="top1", sort=False)
     table = (100 * wide).round(1).add_prefix("top-1 %, ")
     costs = frame.pivot_table(index="size_px", columns="arm", values="gmacs", sort=False)
-    both: pd.DataFrame = table.join((1e3 * costs).round(1).add_prefix("MMACs, ")).reset_index()
-    return both
+    both: pd.DataFrame = table.join((1e3 * costs).round(1).add_prefix("MMACs, "))
+    both.columns.name, both.index.name = None, "size, px"
+    flat: pd.DataFrame = both.reset_index()
+    return flat
 
 
 def _write(done: Demo, work: Path) -> None:
@@ -123,8 +139,8 @@ def _write(done: Demo, work: Path) -> None:
         [*sentences(done), f"The cut: {done.choice.why} {done.choice.rivalry}"],
         {
             "Where to cut": (work / "split.png", "CKA with the reference along the layers"),
-            "Accuracy by size": (work / "evaluation.png", "top-1 against image side, three arms"),
-            "Accuracy against cost": (work / "pareto.png", "top-1 against GMACs, three arms"),
+            "Accuracy by size": (work / "evaluation.png", "top-1 against image side, every arm"),
+            "Accuracy against cost": (work / "pareto.png", "top-1 against GMACs, every arm"),
         },
         _table(done.evaluation),
         [CANNOT, "report.html has the whole comparison of layers; model.pt loads with msun.load."],

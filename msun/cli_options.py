@@ -5,6 +5,7 @@ from typing import Any
 
 from cka_probe.cli import MODEL_HELP, WEIGHTS_HELP
 from cka_probe.models import LoadedModel, load_model, parse_model_args
+from msun.classifier import new_head
 
 __all__ = ["add_model", "load"]
 
@@ -20,6 +21,8 @@ def add_model(parser: Any, *, weights: str | None = "DEFAULT") -> None:
     parser.add_argument("--weights", metavar="W", default=weights, help=WEIGHTS_HELP)
     parser.add_argument("--model-arg", metavar="KEY=VALUE", action="append", default=[],
                         help="passed to the model's constructor")  # fmt: skip
+    parser.add_argument("--new-head", type=int, metavar="N",
+                        help="draw the last layer anew, for N classes of your own")  # fmt: skip
 
 
 def load(args: argparse.Namespace, weights: str | None = None) -> LoadedModel:
@@ -29,9 +32,12 @@ def load(args: argparse.Namespace, weights: str | None = None) -> LoadedModel:
         args: with model, model_arg, weights and, for random weights, seed.
         weights: instead of --weights.
     """
-    return load_model(
+    seed = getattr(args, "seed", 0)
+    loaded = load_model(
         args.model,
         args.weights if weights is None else weights,
         model_args=parse_model_args(args.model_arg),
-        seed=getattr(args, "seed", 0),
+        seed=seed,
     )
+    classes = getattr(args, "new_head", None)
+    return loaded if classes is None else new_head(loaded, classes, seed=seed)

@@ -21,7 +21,7 @@ from cka_probe.report import Report
 from cka_probe.views import parse_scales
 from msun.cli_options import add_model, load
 from msun.cut import Cut, example_images, find_cuts
-from msun.heads import head_costs
+from msun.heads import subnet_costs
 from msun.plot_split import split_curve
 from msun.split import suggest_split
 from msun.split_choice import SplitChoice
@@ -163,7 +163,7 @@ def _choose(
         view=args.view,
         delta=args.delta,
         level=args.level,
-        costs=head_costs(loaded.model, cuts, sorted(sides)),
+        costs=subnet_costs(loaded.model, cuts, sides) if sides else None,
     )
 
 
@@ -236,7 +236,8 @@ def _cost(choice: SplitChoice, loaded: LoadedModel) -> str:
     gmacs = [f"{_number(row[c], '.3g')} at {c[6:]} px" for c in _sides(choice.ranking)]
     return (
         f"Up to {choice.layer}: {row['parameters']:,.0f} parameters ({share}), which every scale "
-        f"with a subnet of its own has again; GMACs, strides as they are: {', '.join(gmacs)}."
+        "with a subnet of its own has again; GMACs of the subnets that preset 'lean' makes: "
+        f"{', '.join(gmacs)}."
     )
 
 

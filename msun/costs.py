@@ -16,7 +16,7 @@ from cka_probe.decode import one_line
 from cka_probe.provenance import MacCounter
 from msun.norms import SizedNorm
 
-__all__ = ["Seen", "Shadow", "meta_copy", "parameter_count"]
+__all__ = ["Seen", "Shadow", "first_tensor", "meta_copy", "parameter_count"]
 
 
 class Seen(NamedTuple):
@@ -97,7 +97,7 @@ class Shadow:
                 out = self.module(x) if sizes is None else self.module(x, sizes)
         except Exception as error:  # whatever a network raises on a size that it cannot take
             return Seen((), 0, None, one_line(error))
-        tensor = _first(out)
+        tensor = first_tensor(out)
         carried = getattr(tensor, "cut_sizes", None)
         seen = () if tensor is None else tuple(tensor.shape)
         return Seen(seen, counter.macs(), carried, "" if seen and min(seen) > 0 else "empty output")
@@ -137,10 +137,15 @@ def parameter_count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _first(out: Any) -> Tensor | None:
-    """The tensor that is the output, or the first one in it."""
+def first_tensor(out: Any) -> Tensor | None:
+    """The tensor that is the output, or the first one in it: logits, before auxiliary ones.
+
+    Args:
+        out: what a network gave: a tensor, or a tuple, list or mapping with such inside.
+    """
     if isinstance(out, Tensor):
         return out
-    parts = out.values() if isinstance(out, Mapping) else out
-    found = (_first(part) for part in parts) if isinstance(out, Mapping | tuple | list) else ()
-    return next((tensor for tensor in found if tensor is not None), None)
+    parts = list(out.values()) if isinstance(out, Mapping) else out
+    if not isinstance(parts, tuple | list):
+        return None
+    return next((t for part in parts if (t := first_tensor(part)) is not None), None)

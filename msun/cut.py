@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from cka_probe.layers import module_paths, unwrap
 from msun.parts import Flow, Part, hold, part
 from msun.trace import last_inside, observe, trace
 
-__all__ = ["Cut", "cut", "cut_points", "example_images", "find_cuts"]
+__all__ = ["Cut", "cut", "cut_points", "example_images", "find_cuts", "heads"]
 
 
 class Cut(NamedTuple):
@@ -45,8 +45,8 @@ def cut_points(model: nn.Module, example: Tensor | None = None) -> list[str]:
 
     Args:
         model: a network that takes one image tensor.
-        example: images (n, c, h, w); None for noise of the input size that a timm network states,
-            else of 3 x 224 x 224.
+        example: images (n, c, h, w); None for noise of the side that a timm network states, else
+            of 224 px, with the channels of the first convolution.
 
     Returns:
         Module paths, never empty.
@@ -117,30 +117,25 @@ def cut(model: nn.Module, at: str, example: Tensor | None = None) -> tuple[nn.Mo
     (torch.Size([1, 128, 8, 8]), True)
     """
     survey = _Survey(model, example, at)
-    model, at = survey.model, survey.at
-    if reason := survey.obstacle(at):
-        near = " or ".join(map(repr, survey.near(at)))
-        way_out = f"cut after {near}" if near else "this network has no valid cut anywhere"
-        raise ValueError(f"no valid cut after this module: {at!r}, {reason}: {way_out}")
-    heads: dict[bool, fx.Graph] = {}
-    tails: dict[bool, fx.Graph] = {}
-    for mode, flow in survey.flows.items():
-        heads[mode], tails[mode] = part(
-            flow,
-            survey.value(at, mode),
-            batch_first=survey.batch_first(),
-            copies=survey.seen.overwritten,
-        )
-    constants = survey.traces[True].constants | survey.traces[False].constants
-    head, tail = Part(model, heads, constants), Part(model, tails, constants)
-    for kind in (nn.Module.named_parameters, nn.Module.named_buffers):
-        names = {side: dict(kind(side, remove_duplicate=False)) for side in (head, tail)}
-        owner = {id(tensor): side for side in (head, tail) for tensor in names[side].values()}
-        for name, tensor in kind(model, remove_duplicate=False):
-            side = owner.get(id(tensor), tail)  # the tail takes what no forward uses
-            if name not in names[side]:
-                hold(side, model, name)
-    return head, tail
+    return survey.halves(survey.at)
+
+
+def heads(
+    model: nn.Module, names: Iterable[str], example: Tensor | None = None
+) -> Iterator[tuple[str, nn.Module]]:
+    """The heads of several cuts of one network, which is recorded once.
+
+    Args:
+        model: the network.
+        names: of valid cuts, as `cut_points` gives them.
+        example: as for `cut_points`.
+
+    Yields:
+        (name, head), as `cut` would give it.
+    """
+    survey = _Survey(model, example)
+    for name in names:
+        yield name, survey.halves(name)[0]
 
 
 class _Survey:
@@ -223,6 +218,33 @@ class _Survey:
             return f"{when}{flow.on_both_sides(value)[0]!r} is used before and after it"
         return ""
 
+    def halves(self, at: str) -> tuple[nn.Module, nn.Module]:
+        """Head and tail; ValueError where there is no cut after that module."""
+        model = self.model
+        if reason := self.obstacle(at):
+            near = " or ".join(map(repr, self.near(at)))
+            way_out = f"cut after {near}" if near else "this network has no valid cut anywhere"
+            raise ValueError(f"no valid cut after this module: {at!r}, {reason}: {way_out}")
+        heads: dict[bool, fx.Graph] = {}
+        tails: dict[bool, fx.Graph] = {}
+        for mode, flow in self.flows.items():
+            heads[mode], tails[mode] = part(
+                flow,
+                self.value(at, mode),
+                batch_first=self.batch_first(at),
+                copies=self.seen.overwritten,
+            )
+        constants = self.traces[True].constants | self.traces[False].constants
+        head, tail = Part(model, heads, constants), Part(model, tails, constants)
+        for kind in (nn.Module.named_parameters, nn.Module.named_buffers):
+            names = {side: dict(kind(side, remove_duplicate=False)) for side in (head, tail)}
+            owner = {id(tensor): side for side in (head, tail) for tensor in names[side].values()}
+            for name, tensor in kind(model, remove_duplicate=False):
+                side = owner.get(id(tensor), tail)  # the tail takes what no forward uses
+                if name not in names[side]:
+                    hold(side, model, name)
+        return head, tail
+
     def _described(self, node: fx.Node, mode: bool) -> str:
         if node.op == "placeholder":
             return "the input"
@@ -278,9 +300,9 @@ class _Survey:
         before = [found for found in cuts if places[found] < here][-1:]
         return before + [found for found in cuts if places[found] > here][:1]
 
-    def batch_first(self) -> bool:
+    def batch_first(self, at: str) -> bool:
         """Whether the values whose sizes the tail reads have the images' axis first."""
-        read = self.flows[False].reads(self.value(self.at, False))
+        read = self.flows[False].reads(self.value(at, False))
         shapes = [self.seen.shapes.get(n.all_input_nodes[0], ()) for n in read]
         return all(shape[:1] == (self.n,) for shape in shapes)
 
@@ -288,13 +310,20 @@ class _Survey:
 def example_images(model: nn.Module, side_px: int | None = None) -> Tensor:
     """Noise for two images, (2, c, side, side), on the network's device and of its type.
 
+    Channels are those that its first convolution takes, else what a timm network states, else 3.
+
     Args:
         model: the network.
         side_px: None for the network's own input size, else 224.
     """
     cfg: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     size = tuple((cfg.get("input_size") if isinstance(cfg, Mapping) else None) or (3, 224, 224))
-    size = size if side_px is None else (size[0], side_px, side_px)
+    size = (_channels(model) or size[0], *(size[1:] if side_px is None else (side_px, side_px)))
     noise = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
     floats = (p for p in model.parameters() if p.is_floating_point())
     return noise if (like := next(floats, None)) is None else noise.to(like.device, like.dtype)
+
+
+def _channels(model: nn.Module) -> int | None:
+    """What the first convolution takes in, as they are registered; None where there is none."""
+    return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), None)

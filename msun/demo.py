@@ -18,7 +18,7 @@ from msun.build import build
 from msun.calibrate import calibrate, recalibrated
 from msun.cut import find_cuts
 from msun.evaluate import compare
-from msun.heads import head_costs
+from msun.heads import subnet_costs
 from msun.model import MSUN
 from msun.recipe import TrainConfig
 from msun.split import suggest_split
@@ -87,7 +87,7 @@ def demo(
     looked_at = glyphs.tensor("train", _PROBED, seed)[0]
     report = probe(glyphnet(), looked_at, SCALES, resize="restore", seed=seed, progress=progress)
     cuts = find_cuts(glyphnet(), looked_at[:2])
-    choice = suggest_split(report, cuts, costs=head_costs(glyphnet(), cuts, SCALES))
+    choice = suggest_split(report, cuts, costs=subnet_costs(glyphnet(), cuts, SCALES))
     say(f"2 suggest: {choice.headline}. {choice.why}")
     at = choice.layer if choice.layer is not None else "stem"
     arms = {

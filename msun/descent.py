@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cka_probe.ranks import Ranks
 from cka_probe.views import seeded
 from msun.average import Average
 from msun.losses import constraint_pairs, ensemble_distillation
 from msun.model import MSUN
-from msun.ranks import Ranks
 from msun.recipe import TrainConfig, groups, rate
 
 __all__ = ["Descent", "DivergedError"]

@@ -1,4 +1,4 @@
-"""What the part of a network before each cut costs, as it stands, at several input sizes."""
+"""What lies before each cut costs at several sizes: as it stands, and as subnets of a preset."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 
 import pandas as pd
 import torch
@@ -14,10 +15,14 @@ from torch import Tensor, nn
 from cka_probe.collect import Collector, Tap
 from cka_probe.layers import unwrap
 from cka_probe.provenance import MacCounter
-from msun.costs import meta_copy
-from msun.cut import Cut, example_images
+from msun.build import map_axes, small_heads
+from msun.costs import Shadow, meta_copy
+from msun.cut import Cut, example_images, heads
+from msun.parts import Part
+from msun.policy import check_scales, policy_of
+from msun.settle import settled
 
-__all__ = ["head_costs"]
+__all__ = ["head_costs", "subnet_costs"]
 
 _Counts = tuple[dict[str, int], Counter[str]]  # MACs up to the last run of a module, and its runs
 
@@ -26,8 +31,8 @@ def head_costs(model: nn.Module, cuts: Iterable[Cut], sides: Sequence[int]) -> p
     """Parameters and MACs of everything before each cut.
 
     One forward a size on a copy without data (with data where the network needs some). The numbers
-    are those of the network's own layers with their own strides; a subnet that keeps its map large
-    costs more, up to the square of the strides taken out.
+    are those of the network's own layers with their own strides; what a subnet that keeps its map
+    large costs, `subnet_costs` says.
 
     Args:
         model: the network that was cut; it is left as it is.
@@ -62,6 +67,52 @@ def head_costs(model: nn.Module, cuts: Iterable[Cut], sides: Sequence[int]) -> p
             macs[name] / 1e9 if 0 < runs[name] == most[name] else math.nan for name in names
         ]
     frame: pd.DataFrame = pd.DataFrame(columns, index=pd.Index(names, name="layer"))
+    return frame
+
+
+def subnet_costs(
+    model: nn.Module, cuts: Iterable[Cut], scales: Sequence[int], *, preset: str = "lean"
+) -> pd.DataFrame:
+    """Parameters and MACs of the subnets that `build` would make at each cut.
+
+    Those of the smaller scales have strides taken out, and so cost more than the network's own
+    layers at that size (`head_costs`). Counted on copies without data, except for networks that
+    need some. The paper's hand-made subnets are not among them.
+
+    Args:
+        model: the network that was cut; it is left as it is.
+        cuts: what `find_cuts` gave.
+        scales: sides in pixels; the largest is the reference.
+        preset: whose policy says how large the maps of small images stay.
+
+    Returns:
+        A row a cut, in the order given: parameters of one subnet, and gmacs_S for each scale S (1e9
+        multiply-accumulates an image); nan for a scale that the subnet cannot take.
+
+    Raises:
+        ValueError: bad scales, an unknown preset, or a reference that the network cannot take.
+    """
+    cuts, model, sides = list(cuts), unwrap(model), check_scales(scales)
+    policy = policy_of(preset).but(subnets="shared")  # costs are the same, and nothing is copied
+    example = example_images(model, sides[-1])
+    columns: dict[str, list[float]] = {"parameters": [float(cut.parameters) for cut in cuts]}
+    columns |= {f"gmacs_{side}": [] for side in sides}
+    for _, head in heads(model, [cut.name for cut in cuts], example):
+        assert isinstance(head, Part)
+        own = settled(head)
+        axes, known = map_axes(own, example), (1, *example.shape[1:])
+        like = Shadow(own, known)
+        for side in sides:
+            macs = math.nan
+            with suppress(ValueError):
+                pair = tuple(sorted({side, sides[-1]}))
+                made, _ = small_heads(own, pair, policy, None, "copied", example, axes)
+                seen = Shadow(made[side], like=like).see((1, known[1], side, side))
+                macs = math.nan if seen.fault else seen.macs / 1e9
+            columns[f"gmacs_{side}"].append(macs)
+    frame: pd.DataFrame = pd.DataFrame(
+        columns, index=pd.Index([cut.name for cut in cuts], name="layer")
+    )
     return frame
 
 

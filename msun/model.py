@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from msun.costs import first_tensor
 from msun.norms import SizedNorm, calibrated_sizes, select, sized_norms
 from msun.parts import Part
 from msun.plans import Grid, Plan, Planner
@@ -22,7 +23,7 @@ class Origin(NamedTuple):
 
     Attributes:
         backbone: its class.
-        fingerprint: SHA-256 of the names and shapes of its parameters and buffers.
+        fingerprint: SHA-256 of its structure, see `msun.build.fingerprint`.
         subnets: "hand-made as in the paper: resnet50", or "strides taken out" and why.
         start: what the small subnets started from.
         changes: scale -> what differs from the backbone's head, as text; "" for nothing.
@@ -186,7 +187,7 @@ class MSUN(nn.Module):
         z = self.features(x, scale)
         return self._logits(z), z
 
-    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+    def forward(self, x: Tensor | Iterable[Tensor]) -> Tensor:
         """Logits, by the subnet that each image's size is routed to.
 
         Args:
@@ -202,7 +203,7 @@ class MSUN(nn.Module):
         """
         if isinstance(x, Tensor):
             return self._logits(self.features(x))
-        groups: dict[tuple[int, ...], list[int]] = {}
+        x, groups = list(x), dict[tuple[int, ...], list[int]]()
         for k, image in enumerate(x):
             if not isinstance(image, Tensor) or image.ndim != 3:
                 what = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
@@ -266,9 +267,9 @@ class MSUN(nn.Module):
         if self.tail.needs_sizes and sizes is None:
             sizes = self._planner.sizes(self._planner.grid(tuple(z.shape)))
         out = self.tail(z) if sizes is None else self.tail(z, sizes)
-        while isinstance(out, tuple | list):  # logits, then those of auxiliary heads
-            out = out[0]
-        logits: Tensor = out
+        logits = first_tensor(out)  # then come those of auxiliary heads
+        if logits is None:
+            raise TypeError(f"no logits: the trunk gave {type(out).__name__}: return a tensor")
         return logits
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["SizedNorm", "calibrated_sizes", "install", "recalibrate", "select", "sized_norms"]
+__all__ = ["SizedNorm", "calibrated_sizes", "install", "recalibrate", "select"]
+__all__ += ["set_aside", "sized_norms"]
 
 Size = tuple[int, int]
 _BUFFER = re.compile(r"(mean|var)_(\d+)x(\d+)$")
@@ -179,6 +180,27 @@ def select(module: nn.Module | Iterable[SizedNorm], scale: int, size: Size) -> N
 def calibrated_sizes(module: nn.Module) -> tuple[Size, ...]:
     """The sizes (h, w) for which statistics were re-estimated, ascending."""
     return tuple(sorted({size for norm in sized_norms(module) for size in norm.sizes}))
+
+
+@contextmanager
+def set_aside(module: nn.Module) -> Iterator[None]:
+    """The statistics for further sizes are gone inside, and back afterwards.
+
+    Args:
+        module: a network with sized norms.
+    """
+    kept = [
+        (norm, size, *(getattr(norm, name) for name in _names(size)))
+        for norm in sized_norms(module)
+        for size in sorted(norm.sizes)
+    ]
+    for norm, size, *_ in kept:
+        norm.forget(size)
+    try:
+        yield
+    finally:
+        for norm, size, mean, var in kept:
+            norm.store(size, mean, var)
 
 
 @torch.no_grad()

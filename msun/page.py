@@ -26,7 +26,8 @@ body { margin: 0 auto; max-width: 52rem; padding: 2rem 1.2rem 4rem; background: 
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 } h2 { font-size: 1.15rem; margin: 2.5rem 0 0 }
 p { max-width: 44rem } .soft { color: var(--soft); font-size: .92rem }
 img { max-width: 100%; background: #fff; border-radius: 6px }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem;
+  overflow-wrap: normal } th { vertical-align: bottom }
 th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid var(--rule) }
 th:first-child, td:first-child { text-align: left }
 """

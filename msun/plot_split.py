@@ -24,8 +24,8 @@ _CURVE, _CUT, _DIP = sns.color_palette("colorblind")[0], "#c0392b", "0.25"
 def split_curve(choice: SplitChoice, *, ax: Axes | None = None) -> Axes:
     """CKA along the layers with its 95 % band, the dip, what was to be reached, and the cut.
 
-    Layers to the left of the red line would be the scale-specific ones. The red band is the
-    interval at the cut: layers whose band lies in it are no different, as far as these images
+    Layers on grey, left of the red line, would be the scale-specific ones. The red bar and band are
+    the interval at the cut: layers whose band lies in it are no different, as far as these images
     tell. Full markers are valid cuts, hollow ones are not.
 
     Args:
@@ -56,14 +56,16 @@ def split_curve(choice: SplitChoice, *, ax: Axes | None = None) -> Axes:
                   label=f"to be reached, {choice.target:.3f}")  # fmt: skip
     if choice.layer is not None:
         k = curve.layers.index(choice.layer)
-        ax.axvspan(-0.5, k + 0.5, color=_CUT, alpha=0.05, linewidth=0)
+        ax.axvspan(-0.5, k + 0.5, color="0.5", alpha=0.1, linewidth=0, label="before the cut")
         name = shown([choice.layer], 20)[0]
         style = "-" if choice.clear else "--"
         ax.axvline(k + 0.5, color=_CUT, linestyle=style, linewidth=1.5, label=f"cut after {name}")
+        ax.plot(k, curve.cka[k], "o", color=_CUT, markersize=size + 1, zorder=4)
         if not math.isnan(curve.low[k]):
-            ax.axhspan(curve.low[k], curve.high[k], color=_CUT, alpha=0.15, linewidth=0,
-                       label="its interval")  # fmt: skip
-        ax.plot(k, curve.cka[k], "o", color=_CUT, markersize=size + 2, zorder=3)
+            reach = [[curve.cka[k] - curve.low[k]], [curve.high[k] - curve.cka[k]]]
+            ax.axhspan(curve.low[k], curve.high[k], color=_CUT, alpha=0.12, linewidth=0)
+            ax.errorbar(k, curve.cka[k], reach, fmt="none", ecolor=_CUT, elinewidth=2, capsize=6,
+                        capthick=2, zorder=3, label="its interval")  # fmt: skip
     ax.set_xlim(-0.5, m - 0.5)
     least = np.nanmin([0.0, *curve.low, *curve.cka])
     ax.set_ylim(max(-1.0, least - 0.08), 1.03)

@@ -6,6 +6,7 @@ Sizes are integers and the choices are made on their squares, so that no roundin
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -113,10 +114,12 @@ def check_scales(scales: Sequence[int]) -> tuple[int, ...]:
         TypeError: a side that is no whole number.
         ValueError: none at all, one below 1, or one given twice.
     """
-    sides = list(scales)
-    for side in sides:
-        if isinstance(side, bool) or not isinstance(side, int):
+    sides = []
+    for side in scales:
+        if isinstance(side, bool) or not hasattr(side, "__index__"):
             raise TypeError(f"scale is no whole number of pixels: {side!r}: give sides like 64")
+        sides.append(operator.index(side))  # numpy's integers too
+    for side in sides:
         if side < 1:
             raise ValueError(f"bad scale: {side}: a side is at least 1 pixel")
     if not sides or len(set(sides)) < len(sides):

@@ -47,8 +47,8 @@ def suggest_split(
         view: whose curve; None is the smallest scale, the first view where they are no sizes.
         delta: how far below the later maximum counts as recovered, in CKA.
         level: what CKA must stay above, for `threshold`.
-        costs: what `head_costs` gave. A report holds what the whole network costs, not what the
-            part before a cut does, so without it no GMACs are given.
+        costs: what `subnet_costs` or `head_costs` gave. A report holds what the whole network
+            costs, not what the part before a cut does, so without it no GMACs are given.
 
     Returns:
         The choice. It is unclear, besides what the rule doubts, where the report has no standard
@@ -214,7 +214,7 @@ def _cautions(
         whole = float(macs.get(report.reference, math.nan)) / 1e9
         told.append(
             f"The report knows the cost of the whole network, {whole:.3g} GMACs in view "
-            f"{report.reference}, not that of the part before a cut: give costs=head_costs(...)."
+            f"{report.reference}, not that of the part before a cut: give costs=subnet_costs(...)."
         )
     return told
 

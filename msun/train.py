@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from cka_probe.files import plain
 from cka_probe.images import order
 from cka_probe.progress import progress_bar
 from cka_probe.provenance import model_sha256, versions
+from cka_probe.ranks import Ranks, own_device, started
 from msun import checkpoint, norms, train_state
 from msun.crops import Crops, augmentation, shuffled
 from msun.data import open_labelled
 from msun.descent import Descent, DivergedError
 from msun.model import MSUN
-from msun.ranks import Ranks, own_device, started
 from msun.recipe import TrainConfig, refuse_other
 from msun.scores import judge
 from msun.train_state import CONFIG, METRICS, MODEL, STATE
@@ -55,7 +55,7 @@ def train(model: MSUN, data: Any, config: TrainConfig) -> Path:
     device = own_device(torch.device(config.device or next(model.parameters()).device))
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with started(device) as ranks:
+        with started(device, timeout=None) as ranks:
             run = _Run(model.to(device), data, config, device, ranks)
             if not run.prepared():
                 run.execute()
@@ -75,9 +75,6 @@ class _Run:
         self.out = Path(config.out).expanduser()
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"output is not a folder: {self.out}: choose another out (--out)")
-        for norm in norms.sized_norms(model):
-            for size in list(norm.sizes):
-                norm.forget(size)
         self.data = open_labelled(data, n_images=config.n_images, seed=config.seed)
         every = order(len(self.data), config.seed)
         kept = math.ceil(config.val_share * len(every))
@@ -88,10 +85,12 @@ class _Run:
         self._crops()
         rows = self._head()
         kind = config.constraint or model.policy.constraint
+        with norms.set_aside(model):  # they are dropped with the first step
+            sha256 = model_sha256(model)
         self.run = plain(
             {
                 **config.options(),
-                "model": {"sha256": model_sha256(model), "at": model.at, "preset": model.preset},
+                "model": {"sha256": sha256, "at": model.at, "preset": model.preset},
                 "scales": list(model.scales),
                 "data": {
                     "name": self.data.name,
@@ -108,7 +107,7 @@ class _Run:
             device=device,
         )  # fmt: skip
         self.table: list[dict[str, Any]] = []
-        self.seconds, self.saved_step = 0.0, 0
+        self.seconds, self.saved_step, self.made = 0.0, 0, False
 
     def _steps_an_epoch(self, shards: int) -> int:
         """Whole batches only."""
@@ -145,7 +144,7 @@ class _Run:
         if rows is None:
             if outputs != classes:
                 text = f"{outputs} outputs for the {classes} classes of {self.data.name!r}"
-                way = "build the network with as many (--model-arg num_classes=N), or give rows"
+                way = f"give it a new head (--new-head {classes}, msun.new_head), or name rows"
                 raise ValueError(f"head does not fit the data: {text}: {way}")
             return None
         chosen = [int(row) for row in rows]
@@ -169,12 +168,16 @@ class _Run:
             checkpoint.load_into(self.model, out / MODEL)
             return True
         state = train_state.load_state(out, self.run) if config.resume else None
+        for norm in norms.sized_norms(self.model):  # statistics of other weights
+            for size in list(norm.sizes):
+                norm.forget(size)
         if state is not None:
             self.descent.load(state)
             self.table, self.seconds = state["table"], state["seconds"]
             self.saved_step = self.descent.step
         self.ranks.spread([*self.model.parameters(), *self.model.buffers()])  # all have read
         if self.ranks.first:
+            self.made = not out.exists()
             out.mkdir(parents=True, exist_ok=True)
             for name in () if config.resume else (MODEL, STATE, METRICS, CONFIG):
                 (out / name).unlink(missing_ok=True)
@@ -211,6 +214,8 @@ class _Run:
                     self._epoch(descent.step // self.per_epoch, bar)
             except DivergedError as error:
                 raise ValueError(f"{error}: {self._way_out()}") from error
+            finally:
+                self._leave_nothing_vain()
             bar.leave = True
         if descent.average is not None:
             descent.average.apply()
@@ -225,6 +230,14 @@ class _Run:
             checkpoint.save(self.model, self.out / MODEL, extra=extra)
             (self.out / STATE).unlink(missing_ok=True)
         self.ranks.wait()
+
+    def _leave_nothing_vain(self) -> None:
+        """Where a run ends before anything was saved, the folder is as it was."""
+        if self.ranks.first and self.descent.step < self.total and not self.saved_step:
+            (self.out / CONFIG).unlink(missing_ok=True)
+            if self.made:
+                with suppress(OSError):  # somebody else put something there
+                    self.out.rmdir()
 
     def _way_out(self) -> str:
         """What is left of a run that diverged."""

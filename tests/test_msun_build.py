@@ -3,6 +3,7 @@
 import copy
 import gc
 
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -232,7 +233,7 @@ def test_the_command_prints_the_table_and_writes_the_file(capsys, tmp_path):
     assert "merge full" in lines[1]
     cells = [[cell for cell in line.split("  ") if cell] for line in lines[3:6]]
     assert [cell.strip() for cell in cells[1]] == [
-        "16", "16 x 16", "32 x 32", "0.010 M", "0.019", "stem.0 stride 2 -> 1",
+        "16", "16 x 16", "32 x 32", "0.00981 M", "0.0193", "stem.0 stride 2 -> 1",
     ]  # fmt: skip
     assert cells[2][-1].strip() == "nothing: the backbone"
     assert lines[-1] == f"written to {file}"
@@ -261,3 +262,40 @@ def test_the_commands_errors_are_one_line(capsys, tmp_path, words, text):
     assert error.startswith(f"msun: {text}")
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_backbone_of_one_channel():
+    layers = [nn.Conv2d(1, 4, 3, 2, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 8, 3, 2)]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
+    net = msun.build(model, "2", (14, 28))
+    x = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(net(x), model(x))
+        assert net([x[0], x[1, :, :14, :14]]).shape == (2, 5)
+
+
+def test_a_backbone_whose_logits_come_in_a_dict():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 3, 2, padding=1)
+            self.fc = nn.Linear(4, 5)
+
+        def forward(self, x):
+            z = torch.relu(self.stem(x))
+            return {"loss": None, "logits": self.fc(z.mean((2, 3))), "map": z}
+
+    model = Named().eval()
+    net = msun.build(model, "stem", (16, 32))
+    with torch.no_grad():
+        x = noise(2, 32)
+        assert torch.equal(net(x), model(x)["logits"])
+        assert net([x[0], x[1, :, :16, :16]]).shape == (2, 5)
+
+
+def test_scales_of_numpy_and_images_from_a_generator():
+    net = msun.build(glyphnet(), "layer1", np.array([32, 64])).eval()
+    assert net.scales == (32, 64)
+    assert all(type(side) is int for side in net.scales)
+    with torch.no_grad():
+        assert net(noise(1, side)[0] for side in (64, 32)).shape[0] == 2

@@ -207,3 +207,28 @@ def test_a_preset_that_is_not_registered_here(tmp_path, monkeypatch):
         net = network(preset="mine")
     path = checkpoint.save(net, tmp_path / "net.pt")
     assert_same(msun.load(path), net)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"stride": 1}, {"dilation": 2, "padding": 2}, {"padding": 0}, {"act": nn.Sigmoid}],
+    ids=str,
+)
+def test_another_backbone_of_the_same_shapes_is_refused(tmp_path, other):
+    def around(act=nn.ReLU, **conv):
+        first = nn.Conv2d(3, 4, 3, **{"stride": 2, "padding": 1, **conv})
+        return nn.Sequential(first, act(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+    path = checkpoint.save(msun.build(around(), "1", (16, 32)), tmp_path / "net.pt")
+    assert msun.load(path, backbone=around()).at == "1"
+    with pytest.raises(ValueError, match="checkpoint for another backbone"):
+        msun.load(path, backbone=around(**other))
+
+
+def test_padding_of_timm_is_told_apart(tmp_path):
+    timm = pytest.importorskip("timm")
+    name = "mobilenetv3_small_050"
+    net = msun.build(timm.create_model(name, pad_type="same"), "blocks.1", (48, 96))
+    path = checkpoint.save(net, tmp_path / "net.pt")
+    with pytest.raises(ValueError, match="checkpoint for another backbone"):
+        msun.load(path, backbone=timm.create_model(name))

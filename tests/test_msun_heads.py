@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+import msun
 from cka_probe import probe
 from cka_probe.glyphnet import glyphnet
+from msun.costs import Shadow
 from msun.cut import example_images, find_cuts
-from msun.heads import head_costs
+from msun.heads import head_costs, subnet_costs
 
 
 class Net(nn.Module):
@@ -86,3 +88,28 @@ def test_the_whole_network_is_what_probe_recorded():
     assert table["parameters"].is_monotonic_increasing
     stem = sum(p.numel() for p in model.stem.parameters())
     assert table["parameters"]["stem"] == stem
+
+
+@pytest.mark.parametrize("preset", ["lean", "paper"])
+def test_subnets_cost_what_build_makes(preset):
+    scales = [16, 32, 64]
+    model = glyphnet()
+    cuts = find_cuts(model, example_images(model, 64))
+    table = subnet_costs(model, cuts, scales, preset=preset)
+    assert table.index.tolist() == [cut.name for cut in cuts]
+    native = head_costs(model, cuts, scales)
+    assert table["parameters"].tolist() == native["parameters"].tolist()
+    assert table["gmacs_64"].tolist() == pytest.approx(native["gmacs_64"].tolist(), rel=1e-12)
+    for at in ("stem", "layer1.0", "layer2", "layer3.0"):
+        net = msun.build(model, at, scales, preset=preset)
+        for side in scales:
+            seen = Shadow(net.head(side)).see((1, 3, side, side))
+            assert table[f"gmacs_{side}"][at] * 1e9 == pytest.approx(seen.macs, rel=1e-12)
+    assert (table["gmacs_16"] > 1.5 * native["gmacs_16"]).any(), "no stride was taken out"
+
+
+def test_a_scale_that_a_subnet_cannot_take_has_no_cost():
+    model = Net()
+    table = subnet_costs(model, find_cuts(model, example_images(model, 16)), [2, 16])
+    assert math.isnan(table["gmacs_2"]["c"])
+    assert np.isfinite(table["gmacs_16"]).all()

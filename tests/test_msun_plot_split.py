@@ -44,9 +44,10 @@ def test_curve_dip_target_and_cut_are_where_they_belong():
     cut = said["cut after features.4"]
     assert list(cut.get_xdata()) == [4.5, 4.5]
     assert cut.get_linestyle() == "-"
-    box = said["its interval"].get_extents().transformed(ax.transData.inverted())
     k = choice.curve.layers.index("features.4")
-    assert (box.y0, box.y1) == pytest.approx((choice.curve.low[k], choice.curve.high[k]))
+    ((low, high),) = said["its interval"].lines[2][0].get_segments()
+    assert low.tolist() == pytest.approx([k, choice.curve.low[k]])
+    assert high.tolist() == pytest.approx([k, choice.curve.high[k]])
     (target,) = said[f"to be reached, {choice.target:.3f}"].get_segments()
     assert target[:, 1].tolist() == pytest.approx([choice.target] * 2)
     assert ax.get_title(loc="left") == "recovery: cut after features.4"

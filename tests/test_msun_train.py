@@ -201,15 +201,18 @@ sys.path.insert(0, {here!r})
 import torch
 torch.set_num_threads(1)
 from training import run
-run({out!r}, shards=2, save_every_s=0.0)
+run({out!r}, shards={n}, save_every_s=0.0)
 """
 
 
-def test_two_processes_equal_one_that_runs_both_shards(tmp_path):
-    want, path = run(tmp_path / "one", shards=2)
+@pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_equal_one_that_runs_all_shards(tmp_path, n):
+    want, path = run(tmp_path / "one", shards=n)
+    whole, _ = run(tmp_path / "whole", shards=1)
+    assert not same(weights(want), weights(whole)), "shards must matter, or nothing is tested"
     script = tmp_path / "script.py"
-    script.write_text(DDP.format(here=str(HERE), out=str(tmp_path / "two")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+    script.write_text(DDP.format(here=str(HERE), out=str(tmp_path / "two"), n=n))
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n}",
                "--standalone", str(script)]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
@@ -221,7 +224,7 @@ def test_two_processes_equal_one_that_runs_both_shards(tmp_path):
         for key in set(a) - {"seconds"}:
             assert float(a[key]) == pytest.approx(float(b[key]), rel=1e-4), key
     config = json.loads((tmp_path / "two" / "config.json").read_text())
-    assert config["processes"] == 2
+    assert config["processes"] == n
     assert config["run"] == json.loads((path.parent / "config.json").read_text())["run"]
     assert "step" not in done.stdout
 

@@ -10,6 +10,7 @@ import torch
 from training import images, network, options, run, same, weights
 
 from msun.descent import Descent
+from msun.norms import recalibrate
 from msun.recipe import TrainConfig
 from msun.train import train
 
@@ -53,6 +54,39 @@ def test_without_a_saved_state_the_error_says_so(tmp_path, monkeypatch):
     Broken(monkeypatch, {2})
     with pytest.raises(ValueError, match=r"training diverged: step 2, .*: nothing was saved yet"):
         run(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_was_there_stays_as_it_was(tmp_path, monkeypatch):
+    Broken(monkeypatch, {2})
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="nothing was saved yet"):
+        run(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_refused_run_keeps_what_was_calibrated(tmp_path):
+    run(tmp_path / "out", epochs=1)
+    model = network()
+    recalibrate(model, [torch.randn(4, 3, 12, 12)], 12)
+    before = weights(model)
+    with pytest.raises(ValueError, match="a run is there already"):
+        train(model, images(), options(tmp_path / "out", epochs=1))
+    assert model.calibrated == ((12, 12),)
+    assert same(before, weights(model))
+    train(model, images(), options(tmp_path / "new", epochs=1))
+    assert model.calibrated == ()
+
+
+def test_a_resumed_run_does_not_ask_for_the_calibration(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        Broken(patch, {7})
+        model = network()
+        recalibrate(model, [torch.randn(4, 3, 12, 12)], 12)
+        with pytest.raises(ValueError, match="diverged"):
+            train(model, images(), options(tmp_path / "out"))
+    model, _ = run(tmp_path / "out", resume=True)
+    assert same(weights(model), weights(run(tmp_path / "whole")[0]))
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_do(tmp_path, monkeypatch):

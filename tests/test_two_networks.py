@@ -2,10 +2,17 @@
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from pages import made
+from safetensors.torch import save_file
+from scipy.special import stdtrit
+from shell import furnish, words
 
 from cka_probe import plot
+from cka_probe.cli import main
+from cka_probe.models import load_model
 from cka_probe.page import page
 from cka_probe.reading import absent
 from cka_probe.report import Report
@@ -88,3 +95,67 @@ def test_an_absent_layer_is_blank_on_the_page():
     assert heat.count('class="nan"') == 1
     whole = page(cut(made(), ("32", "layer2.0")))
     assert "features that do not vary" not in whole
+
+
+WIDE = """
+
+def wide():
+    torch.manual_seed(1)
+    return nn.Sequential(OrderedDict(
+        stem=nn.Conv2d(3, 6, 3), act=nn.ReLU(), body=nn.Conv2d(6, 6, 3), end=nn.Flatten(),
+    ))
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = furnish(tmp_path_factory.mktemp("two"))
+    nets = (root / "nets.py").read_text()
+    (root / "nets.py").write_text(f"from collections import OrderedDict\n{nets}{WIDE}")
+    return root
+
+
+def test_compare_networks_of_differing_layers(place, tmp_path):
+    out = tmp_path / "o"
+    argv = words(place, out, "--size", "16", "--quiet", "--layers", "*", command="compare")
+    assert main([*argv[:3], "--model", f"{place / 'nets.py'}:wide", *argv[3:]]) == 0
+    report = Report.load(out / "report.npz")
+    a, b = (report.layers_of(view) for view in "ab")
+    assert len(a) > len(b)
+    assert {"stem", "act", "body", "end"} == set(b)
+    assert not set(a) & set(b)
+    table = pd.read_csv(out / "cka.csv", dtype={"layer_a": str, "layer_b": str})
+    across = table[(table.view_a == "a") & (table.view_b == "b")]
+    assert len(across) == len(a) * len(b)
+    assert len(table) == len(report) * (len(report) + 1) // 2
+    assert (across.low < across.cka).all()
+    assert (across.cka < across.high).all()
+    t = stdtrit(report.meta["groups"] - 1, 0.975)
+    assert np.allclose(across.high - across.cka, t * across.stderr)
+    for row in across.itertuples():
+        assert report.between("a", "b").loc[row.layer_a, row.layer_b] == pytest.approx(row.cka)
+
+
+def test_compare_a_network_with_its_fine_tuned_copy(place, tmp_path):
+    """Layers before the first that moved are equal; from there on they are not."""
+    model = load_model(f"{place / 'nets.py'}:tiny").model
+    save_file(model.state_dict(), tmp_path / "a.safetensors")
+    x, y = torch.randn(24, 3, 16, 16), torch.arange(24) % 3
+    model[0].requires_grad_(False)
+    model.eval()
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.5)
+    for _ in range(20):
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimiser.step()
+    save_file(model.state_dict(), tmp_path / "b.safetensors")
+    files = [f"--weights={tmp_path / name}.safetensors" for name in "ab"]
+    out = tmp_path / "o"
+    more = ("--size", "16", "--quiet", "--layers", "*", *files)
+    assert main(words(place, out, *more, command="compare")) == 0
+    report = Report.load(out / "report.npz")
+    own = pd.Series(np.diag(report.between("a", "b")), index=report.layers_of("a"))
+    assert np.allclose(own[["0", "1"]], 1, atol=1e-9)
+    assert (own.drop(["0", "1"]) < 1 - 1e-6).all()
+    shas = {view["model"] for view in report.meta["run"]["views"].values()}
+    assert len(shas) == 2

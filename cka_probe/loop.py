@@ -1,0 +1,180 @@
+"""The loop: batches through every view into one estimator; shared out, saved, resumed."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cka_probe import state
+from cka_probe.forwards import Forwards, Seen
+from cka_probe.images import Batch, Source, batches
+from cka_probe.progress import progress_bar
+from cka_probe.ranks import Ranks
+from cka_probe.sharing import share
+from cka_probe.state import Bad, Saver, sweep
+from cka_probe.views import Transform
+
+
+class Loop:
+    """All batches of a run, once.
+
+    Round k is batches start + k N .. start + k N + N - 1, one a process. The processes meet after
+    the first round and then about as often as the state is saved; what they bring there is what
+    one process would have after the same batches, and so is what is saved.
+
+    Args:
+        estimator: of the whole run, fresh.
+        source: the images.
+        plan: the batches, as `images.plan` cuts them.
+        options: the run's fingerprint.
+        folder: of the saved state; None saves nothing.
+        ranks: the processes that share the run.
+
+    Attributes:
+        start: the first batch that was done here; those before were in the saved state.
+        left_out: after `run`, names of images, on rank 0.
+    """
+
+    def __init__(
+        self, estimator: Any, source: Source, plan: list[slice], *, options: dict[str, Any],
+        folder: Path | None, ranks: Ranks,
+    ) -> None:  # fmt: skip
+        self.estimator, self.source, self.plan, self.ranks = estimator, source, plan, ranks
+        self.saver = Saver(folder if ranks.first else None, options, len(source))
+        self.folder = folder
+        self.start = 0
+        self.bad: Bad = []
+        self._new_bad: Bad = []
+        self._images = 0  # of this process, since the last meeting
+
+    @property
+    def left_out(self) -> list[str]:
+        """Names of the images that were left out, in the order of the batches."""
+        return [name for _, names in sorted(self.bad) for name in names]
+
+    def run(
+        self, models: Mapping[str, nn.Module], transforms: Mapping[str, Transform],
+        ask: Mapping[str, Any], *, progress: bool, say: Callable[[str], None] | None,
+    ) -> Seen:  # fmt: skip
+        """Make every forward that is still to do.
+
+        Returns:
+            What the forwards told of the networks.
+
+        Raises:
+            ValueError: a saved state that is damaged or of another run; no image can be read;
+                what `Forwards` raises.
+            LostRankError: another process died or failed.
+        """
+        with ExitStack() as stack:
+            work = Forwards(
+                models, self.estimator, stack, layers=ask["layers"], reduce=ask["reduce"],
+                device=ask["device"], amp=ask["amp"], way_out=ask["way_out"],
+            )  # fmt: skip
+            home = next(iter(work.devices.values()), torch.device("cpu"))
+            self.shared = share(self.estimator, self.ranks, home)
+            work.estimator = self.shared
+            self._take_up(home, resume=ask["resume"], say=say)
+            bar = stack.enter_context(
+                progress_bar(
+                    len(self.source), desc="probe", unit="image",
+                    initial=self._images_before(self.start),
+                    show=progress and self.ranks.first,
+                )
+            )  # fmt: skip
+            mine = range(self.start + self.ranks.rank, len(self.plan), self.ranks.size)
+            stream: Iterator[Batch] = iter(())
+            if mine:
+                stream = stack.enter_context(
+                    closing(
+                        batches(
+                            self.source, transforms, batch_size=ask["batch_size"],
+                            seed=ask["seed"], workers=ask["workers"], skip_bad=ask["skip_bad"],
+                            start=mine.start, step=mine.step,
+                        )
+                    )
+                )  # fmt: skip
+            self._rounds(work, stream, bar)
+            bar.leave = True
+            seen = Seen.merge(self.ranks.gather(work.seen()) or [work.seen()])
+        if self.ranks.first and not seen.tables:
+            raise ValueError(f"no readable images: {len(self.left_out)} left out: check the files")
+        return seen
+
+    def _take_up(
+        self, home: torch.device, *, resume: bool, say: Callable[[str], None] | None
+    ) -> None:
+        """The saved state, where the run is to be resumed; the folder as a fresh run wants it."""
+        if self.folder is not None and self.ranks.first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            sweep(self.folder)
+            if resume:
+                self.start, self.bad = self.saver.load(self.estimator, home) or (0, [])
+        self.start = self.ranks.agree(self.start)
+        self.shared.begin()
+        if resume and say is not None:
+            count = len(self.plan)
+            say(
+                f"resumed from batch {self.start} of {count}"
+                if self.start
+                else f"nothing to resume: no saved state: starts from batch 0 of {count}"
+            )
+
+    def _rounds(self, work: Forwards, stream: Iterator[Batch], bar: Any) -> None:
+        size, following, whole = self.ranks.size, self.start, True
+        count = -(-(len(self.plan) - self.start) // size)
+        due, met, began = 1, 0, time.perf_counter()
+        try:
+            for k in range(1, count + 1):
+                self.ranks.look()
+                batch = next(stream, None)
+                if batch is not None and batch.views:
+                    work.take(batch, bar)
+                whole = False  # an interruption from here on leaves half a batch in the sums
+                if batch is not None:
+                    self._done(work, batch, bar)
+                following = min(len(self.plan), self.start + k * size)
+                whole = True
+                if size > 1 and k == due and k < count:
+                    self._meet(bar)
+                    due = k + self.ranks.agree(self._until_next(k - met, began))
+                    met, began = k, time.perf_counter()
+                if following < len(self.plan) and (size == 1 or met == k) and self.saver.due():
+                    self.saver.save(self.estimator, following, self.bad)
+            if size > 1:
+                self._meet(bar, last=True)
+        except KeyboardInterrupt:
+            if whole and size == 1 and self.start < following < len(self.plan):
+                self.saver.save(self.estimator, following, self.bad)
+            raise
+
+    def _done(self, work: Forwards, batch: Batch, bar: Any) -> None:
+        """A batch is through: into the estimator with it."""
+        if batch.views:
+            work.close(batch.index)
+        names = [*batch.bad, *batch.left_out]
+        (self.bad if self.ranks.size == 1 else self._new_bad).append((batch.index, names))
+        self._images += len(batch.ids)
+        bar.update(len(batch.ids))
+
+    def _meet(self, bar: Any, *, last: bool = False) -> None:
+        """Rank 0 gets what all processes have come to since they last met."""
+        told = self.ranks.gather((self._new_bad, self._images))
+        self.shared.meet(last=last)
+        for rank, (bad, images) in enumerate(told):
+            self.bad += bad
+            if rank:
+                bar.update(images)
+        self._new_bad, self._images = [], 0
+
+    def _until_next(self, done: int, began: float) -> int:
+        """Rounds until the next meeting: as many as a save's interval holds."""
+        seconds = max(1e-6, (time.perf_counter() - began) / done)
+        return max(1, min(int(state.SAVE_EVERY_S / seconds), self.shared.rounds(done)))
+
+    def _images_before(self, batch: int) -> int:
+        return sum(rows.stop - rows.start for rows in self.plan[:batch])

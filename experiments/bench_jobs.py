@@ -1,0 +1,224 @@
+"""The jobs of bench_probe.py: who competes on what, and the truth in float64.
+
+Every library gets the same numbers through its documented interface: the same network in eval mode
+and without gradients, the same layers, batches of the same images.
+"""
+
+import contextlib
+import importlib
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+import cka_probe
+from cka_probe.images import order
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+Call = Callable[[], Any]  # -> (m, m) matrix of CKA, or None for the bare forwards
+
+
+class Job(NamedTuple):
+    """Contenders by name, what their ratios are to, and the truth of the matrix."""
+
+    calls: dict[str, Call]
+    against: tuple[str, ...]
+    truth: Callable[[], np.ndarray]
+    once: tuple[str, ...] = ()  # too slow for turns: timed once
+
+
+def loader(images: Tensor, batch: int) -> DataLoader[Any]:
+    labels = torch.zeros(len(images), dtype=torch.long)
+    return DataLoader(TensorDataset(images, labels), batch)
+
+
+def bare(model: nn.Module, images: list[Tensor], batch: int) -> None:
+    with torch.inference_mode():
+        for view in images:
+            for part in view.split(batch):
+                model(part)
+
+
+def by_pytorch_cka(model: nn.Module, layers: list[str], images: Tensor, batch: int) -> Tensor:
+    lib = importlib.import_module("cka")
+    how = {"layers": layers, "device": "cpu", "progress": False}
+    (matrix,) = lib.compute_cka(model, model, loader(images, batch), **how)
+    return matrix
+
+
+def by_torch_cka(model: nn.Module, layers: list[str], views: list[Tensor], batch: int) -> Tensor:
+    """Every pair of views, each a comparison of its own: it compares two inputs at a time."""
+    lib, m = importlib.import_module("torch_cka"), len(layers)
+    out = torch.ones(len(views) * m, len(views) * m)
+    with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
+        for i in range(len(views)):
+            for j in range(i + 1):
+                run = lib.CKA(model, model, "a", "b", layers, layers, device="cpu")
+                run.compare(loader(views[i], batch), loader(views[j], batch))
+                cells = run.export()["CKA"]
+                out[i * m : (i + 1) * m, j * m : (j + 1) * m] = cells
+                out[j * m : (j + 1) * m, i * m : (i + 1) * m] = cells.T
+    return out
+
+
+def sizes(images: Tensor, sides: list[int]) -> list[Tensor]:
+    how = {"mode": "bilinear", "antialias": True, "align_corners": False}
+    return [functional.interpolate(images, (s, s), **how) for s in sides]
+
+
+def truth_of(model: nn.Module, layers: list[str], views: list[Tensor], batch: int) -> np.ndarray:
+    """Float64 Grams of cloned outputs, HSIC by Song's three terms, batches weighted by size."""
+    oracle = importlib.import_module("oracle")
+    modules, kept = dict(model.named_modules()), dict[str, Tensor]()
+    hooks = [
+        modules[name].register_forward_hook(
+            lambda _m, _x, out, name=name: kept.__setitem__(name, out.clone())
+        )
+        for name in layers
+    ]
+    total: Any = 0.0
+    for parts in zip(*(view.split(batch) for view in views), strict=True):
+        grams = []
+        for part in parts:
+            with torch.inference_mode():
+                model(part)
+            grams += [oracle.shifted(oracle.gram(kept[name].flatten(1))) for name in layers]
+        pairs = [[oracle.hsic1(a, b) if i >= j else 0.0 for j, b in enumerate(grams)]
+                 for i, a in enumerate(grams)]  # fmt: skip
+        total = total + len(parts[0]) * np.array(pairs)
+    for hook in hooks:
+        hook.remove()
+    total = np.tril(total) + np.tril(total, -1).T
+    scale = np.sqrt(np.diag(total))
+    return np.asarray(total / scale[:, None] / scale[None])
+
+
+def network_job(model: nn.Module, layers: list[str], n: int, side: int, batch: int) -> Job:
+    images = torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(0))
+    ordered = images[order(n, 0)]  # the others' batches hold the same images as ours
+    model.eval()
+
+    def ours() -> np.ndarray:
+        how = {"layers": layers, "batch_size": batch, "progress": False}
+        return cka_probe.probe(model, images, **how).cka
+
+    return Job(
+        {
+            "bare": lambda: bare(model, [ordered], batch),
+            "cka-probe": ours,
+            "pytorch-cka": lambda: by_pytorch_cka(model, layers, ordered, batch),
+        },
+        ("bare", "pytorch-cka"),
+        lambda: truth_of(model, layers, [ordered], batch),
+    )
+
+
+def resnet18() -> Job:
+    model = torchvision.models.resnet18()
+    convs = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and "down" not in n]
+    return network_job(model, [*convs, "fc"], 512, 64, 64)
+
+
+def blocks(model: nn.Module) -> list[str]:
+    return ["maxpool", *(n for n, m in model.named_modules() if type(m).__name__ == "Bottleneck")]
+
+
+def resnet50_blocks() -> Job:
+    model = torchvision.models.resnet50()
+    return network_job(model, blocks(model), 64, 224, 32)
+
+
+def resnet50_convs() -> Job:
+    model = torchvision.models.resnet50()
+    convs = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    return network_job(model, convs, 256, 64, 64)
+
+
+def eight_scales() -> Job:
+    model = torchvision.models.resnet50().eval()
+    sides, layers, batch = [32, 40, 48, 56, 64, 72, 80, 96], blocks(model), 64
+    images = torch.randn(256, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    views = sizes(images[order(256, 0)], sides)
+
+    def ours() -> np.ndarray:
+        how = {"layers": layers, "batch_size": batch, "progress": False}
+        return cka_probe.probe(model, images, sides, **how).cka
+
+    return Job(
+        {
+            "bare": lambda: bare(model, views, batch),
+            "cka-probe": ours,
+            "torch-cka": lambda: by_torch_cka(model, layers, views, batch),
+        },
+        ("bare", "torch-cka"),
+        lambda: truth_of(model, layers, views, batch),
+        once=("torch-cka",),
+    )
+
+
+def features(n: int, widths: list[int], kernel: str = "linear") -> Job:
+    g = torch.Generator().manual_seed(0)
+    shared = torch.randn(n, 32, generator=g)
+    kept = {
+        f"layer {k}": shared @ torch.randn(32, d, generator=g) / 4 + torch.randn(n, d, generator=g)
+        for k, d in enumerate(widths)
+    }
+
+    def ours(kernel: str) -> np.ndarray:
+        return cka_probe.cka_matrix(kept, kernel=kernel).cka
+
+    def truth() -> np.ndarray:
+        oracle = importlib.import_module("oracle")
+        grams = (oracle.shifted(oracle.gram(x, kernel)) for x in kept.values())
+        centred = np.stack([centre(k).ravel() for k in grams])
+        hsic = centred @ centred.T
+        scale = np.sqrt(np.diag(hsic))
+        return np.asarray(hsic / scale[:, None] / scale[None])
+
+    if kernel == "rbf":
+        calls: dict[str, Call] = {
+            "cka-probe": lambda: ours("rbf"),
+            "linear": lambda: ours("linear"),
+        }
+        return Job(calls, ("linear",), truth)
+
+    def theirs() -> Any:
+        return importlib.import_module("cka").cka_from_features(*[list(kept.values())] * 2)
+
+    calls = {"cka-probe": lambda: ours("linear"), "pytorch-cka": theirs}
+    return Job(calls, ("pytorch-cka",), truth)
+
+
+def centre(k: np.ndarray) -> np.ndarray:
+    """U-centring, in place of a float64 Gram (n, n) (Székely & Rizzo 2014)."""
+    n = len(k)
+    np.fill_diagonal(k, 0)
+    rows = k.sum(0) / (n - 2)
+    k -= rows[:, None]
+    k -= rows[None]
+    k += rows.sum() / (n - 1)
+    np.fill_diagonal(k, 0)
+    return k
+
+
+def twenty() -> list[int]:
+    return [round(64 * 64 ** (k / 19)) for k in range(20)]
+
+
+JOBS: dict[str, Callable[[], Job]] = {
+    "resnet18@64, 18 layers, 512 images": resnet18,
+    "resnet50@224, 17 blocks, batch 32": resnet50_blocks,
+    "resnet50@64, 53 convolutions": resnet50_convs,
+    "8 scales x 17 blocks, 256 images": eight_scales,
+    "features, n = 2048, 20 layers": lambda: features(2048, twenty()),
+    "features, n = 10000, 6 layers": lambda: features(10000, [64, 128, 256, 512, 1024, 2048]),
+    "rbf features, n = 2048, 20 layers": lambda: features(2048, twenty(), "rbf"),
+}

@@ -1,0 +1,95 @@
+"""A new classifier on a trained network: as many outputs as the user's own data has classes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from contextlib import ExitStack
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from cka_probe.collect import preserved_rng
+from cka_probe.layers import unwrap
+from cka_probe.models import LoadedModel
+from msun.costs import first_tensor
+from msun.cut import example_images
+
+__all__ = ["new_head"]
+
+Network = TypeVar("Network", bound="nn.Module | LoadedModel")
+
+
+def new_head(model: Network, classes: int, *, seed: int = 0) -> Network:
+    """A copy of a network whose last layer is drawn anew, for other classes.
+
+    The last layer is the linear layer or 1 x 1 convolution that runs last and has as many outputs
+    as the network; auxiliary heads of training mode stay as they are.
+
+    Args:
+        model: a network that gives logits (n, outputs), or what `load_model` gave.
+        classes: outputs of the copy.
+        seed: of its new weights, which are drawn as the layer's class draws them.
+
+    Returns:
+        As what was given: a network, or a loaded model that remembers it, so that a checkpoint can
+        make the backbone again.
+
+    Raises:
+        ValueError: fewer than one class, or a network that does not end in such a layer.
+    """
+    if classes < 1:
+        raise ValueError(f"bad number of classes: {classes}: give 1 or more")
+    if isinstance(model, LoadedModel):
+        inner = new_head(unwrap(model.model), classes, seed=seed)
+        return dataclasses.replace(model, model=inner, new_head=classes)
+    made = copy.deepcopy(model)
+    path = _last(made)
+    old = made.get_submodule(path)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        new = _like(old, classes)
+    weight: torch.Tensor = old.weight  # type: ignore[assignment]
+    new = new.to(weight.device, weight.dtype).train(old.training)
+    parent, _, name = path.rpartition(".")
+    setattr(made.get_submodule(parent), name, new)
+    if isinstance(getattr(made, "num_classes", None), int):
+        made.num_classes = classes  # type: ignore[assignment]  # timm and torchvision reshape by it
+    return made
+
+
+def _like(old: nn.Module, classes: int) -> nn.Module:
+    """A layer of the same kind with another number of outputs."""
+    bias = getattr(old, "bias", None) is not None
+    if isinstance(old, nn.Linear):
+        return nn.Linear(old.in_features, classes, bias)
+    assert isinstance(old, nn.Conv2d)
+    return nn.Conv2d(old.in_channels, classes, 1, bias=bias)
+
+
+def _last(model: nn.Module) -> str:
+    """The path of the layer that makes the logits."""
+    ran: list[str] = []
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with ExitStack() as stack, torch.no_grad(), preserved_rng():
+            for path, module in model.named_modules():
+                if isinstance(module, nn.Linear | nn.Conv2d):
+                    hook = module.register_forward_hook(lambda *_, path=path: ran.append(path))
+                    stack.callback(hook.remove)
+            out = first_tensor(model.eval()(example_images(model)))
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if ran and out is not None:
+        last = model.get_submodule(ran[-1])
+        outputs = getattr(last, "out_features", getattr(last, "out_channels", None))
+        pointwise = tuple(getattr(last, "kernel_size", (1, 1))) == (1, 1)
+        if pointwise and getattr(last, "groups", 1) == 1 and out.shape[1:] == (outputs,):
+            return ran[-1]
+    name = type(model).__name__
+    raise ValueError(
+        f"no classifier to make new: {name} does not end in a linear layer or 1 x 1 convolution "
+        "that gives its logits: give a network with as many outputs as classes"
+    )
