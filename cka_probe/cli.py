@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cka_probe import cli_commands
+from cka_probe.cli_checks import check_words
 from cka_probe.cli_output import explain
 from cka_probe.ranks import LostRankError, Ranks, launched, may_speak, started
 from cka_probe.state import STATE
@@ -205,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             words = sys.argv[1:] if argv is None else argv
             parser = build_parser()
             args = parser.parse_args(_joined(words, parser))
+            check_words(args)
             first = _call(args)
         except SystemExit as stop:  # --help, --version
             return int(stop.code or 0)
@@ -259,9 +261,10 @@ def _ended(number: int, frame: object) -> NoReturn:
 def _way_on(args: argparse.Namespace | None) -> str:
     """What can be done after an interruption: go on, or begin anew."""
     out = getattr(args, "out", None)
-    if out is not None and (Path(out) / STATE).exists():
+    resumes = getattr(args, "command", None) in ("run", "compare")
+    if resumes and out is not None and (Path(out) / STATE).exists():
         return "run again with --resume to continue"
-    return "nothing was saved yet, run again"
+    return "nothing was saved, run again"
 
 
 def _debug() -> None:

@@ -27,6 +27,7 @@ from cka_probe.ranks import own_device
 from cka_probe.reading import shows
 from cka_probe.report import Report
 from cka_probe.sketch import choose_size
+from cka_probe.sources import FEW, MIN_IMAGES, Named
 from cka_probe.views import parse_scales, scale_transforms
 
 DEMO_SIDES = (8, 12, 16, 24, 32, 48, 64)
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     scales = parse_scales(args.scales)
     with output_folder(args) as folder:
         model = _model(args, args.model, args.weights)
-        images = _images(args.data)
+        images = _source(args.data)
         norm = _norm(args, model)
         if talks(args):
             reference = int(args.reference) if str(args.reference).isdecimal() else max(scales)
@@ -77,6 +78,8 @@ def run(args: argparse.Namespace) -> None:
 
 def demo(args: argparse.Namespace) -> None:
     """`cka-probe demo`: the embedded network on the embedded images."""
+    if args.images < MIN_IMAGES:
+        raise ValueError(f"too few images: {args.images}: {FEW}")
     with output_folder(args) as folder:
         sides = ", ".join(map(str, DEMO_SIDES))
         if args.ranks.first:
@@ -86,11 +89,10 @@ def demo(args: argparse.Namespace) -> None:
             )
         report = probe(
             glyphnet(),
-            glyphs.tensor("test", args.images, 0)[0],
+            _glyphs(args.images),
             DEMO_SIDES,
             seed=args.seed,
             ranks=args.ranks,
-            out=folder,
         )
         about = {"model": {"name": "cka_probe.glyphnet", "weights": "the package's own"}}
         if not args.ranks.first:
@@ -111,14 +113,12 @@ def compare(args: argparse.Namespace) -> None:
             f"compare takes two networks: {len(args.model)} --model, {len(weights)} --weights: "
             "give --model A --model B, with one --weights for both or one each"
         )
-    if args.size <= 0:
-        raise ValueError(f"bad size: {args.size}: a side is at least 1 pixel")
     with output_folder(args) as folder:
         loaded = {
             view: _model(args, name, file)
             for view, name, file in zip("ab", names, weights, strict=True)
         }
-        images = _images(args.data)
+        images = _source(args.data)
         views = {
             view: (one.model, scale_transforms([args.size], **_norm(args, one))[str(args.size)])
             for view, one in loaded.items()
@@ -144,8 +144,6 @@ def layers(args: argparse.Namespace) -> None:
     """`cka-probe layers`."""
     loaded = load_model(args.model, "none", model_args=parse_model_args(args.model_arg))
     side = args.size or loaded.input_size or 224
-    if side <= 0:
-        raise ValueError(f"bad size: {side}: a side is at least 1 pixel")
     own = set(default_layers(loaded.model))
     with Collector(loaded.model, lambda name, module: bool(name)) as collector:
         try:
@@ -190,6 +188,16 @@ def plot(args: argparse.Namespace) -> None:
 
 def _model(args: argparse.Namespace, spec: str, weights: str) -> LoadedModel:
     return load_model(spec, weights, model_args=parse_model_args(args.model_arg), seed=args.seed)
+
+
+def _glyphs(n: int) -> Named:
+    """Embedded images, with a name that says which."""
+    return Named(f"cka_probe.glyphs, split test, seed 0, first {n}", glyphs.tensor("test", n, 0)[0])
+
+
+def _source(data: str) -> Any:
+    """What is probed: a folder, or the embedded glyphs where there is no folder of that name."""
+    return _glyphs(2000) if data == "glyphs" and not Path(data).exists() else Path(data)
 
 
 def _images(data: str) -> Any:

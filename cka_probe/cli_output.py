@@ -80,8 +80,11 @@ def write(report: Report, folder: Path, pictures: tuple[str, ...]) -> None:
         report.to_frame().to_csv(temporary / "cka.csv", index=False)
         save_page(report, temporary / "report.html")
         report.save(temporary / REPORT)
-        for path in temporary.iterdir():
-            path.replace(folder / path.name)
+        made = {path.name for path in temporary.iterdir()}
+        for name in sorted(made):
+            (temporary / name).replace(folder / name)
+        for name in set(OUTPUTS) - made:  # of the run that was there before
+            (folder / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -58,6 +58,8 @@ class Collector:
         shapes: tap -> shape of the output without n, in the last run.
         skipped: "path" or "path:field" -> why that output is no (n, ...) float tensor.
         unreached: selected modules that no run has reached; filled by the first run.
+        fault: what was raised while an output was tapped in the last run, by the reducer, the sink
+            or the collector; None where nothing was, or where the network itself failed.
 
     Raises:
         ValueError, TypeError: as `unwrap`, `select_layers` and `get_reducer` raise.
@@ -77,6 +79,7 @@ class Collector:
         self.shapes: dict[Tap, tuple[int, ...]] = {}
         self.skipped: dict[str, str] = {}
         self.unreached: list[str] = []
+        self.fault: Exception | None = None
         self._reached: set[str] = set()
         self._expected: dict[Hashable, frozenset[Tap]] = {}  # input size -> taps of its first run
         self._stack: ExitStack | None = None
@@ -132,7 +135,7 @@ class Collector:
         images, size = _batch(x)
         expected = self._expected.get(size)
         run = _Run(images, sink, expected)
-        self._run = run
+        self._run, self.fault = run, None
         self.shapes = run.shapes
         try:
             with torch.no_grad():
@@ -147,8 +150,6 @@ class Collector:
         return output
 
     def _hook(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
-        wanted = self._wanted[path]
-
         def hook(module: nn.Module, _: Any, output: Any) -> None:
             run = self._run
             if run is None:
@@ -157,16 +158,24 @@ class Collector:
             run.calls[path] += 1
             parts = list(leaves(output)) or [("", output)]  # an empty output is one to name
             run.fields[path].update(field for field, _ in parts)
-            for field, value in parts:
-                if not any(_asks_for(selection, field, call) for selection in wanted):
-                    continue
-                tensor, reason = usable(value, run.images, module, field, self._time_first)
-                if tensor is None:
-                    self.skipped.setdefault(_label(path, field), reason)
-                else:
-                    self._emit(run, Tap(path, field, call), tensor)
+            try:
+                self._take(run, module, Tap(path, "", call), parts)
+            except Exception as error:
+                self.fault = error
+                raise
 
         return hook
+
+    def _take(self, run: _Run, module: nn.Module, at: Tap, parts: list[tuple[str, Any]]) -> None:
+        """Hand on the fields of one output that were asked for."""
+        for field, value in parts:
+            if not any(_asks_for(selection, field, at.call) for selection in self._wanted[at.path]):
+                continue
+            tensor, reason = usable(value, run.images, module, field, self._time_first)
+            if tensor is None:
+                self.skipped.setdefault(_label(at.path, field), reason)
+            else:
+                self._emit(run, at._replace(field=field), tensor)
 
     def _emit(self, run: _Run, tap: Tap, tensor: Tensor) -> None:
         name = self.labels.get(tap) or _label(tap.path, tap.field, tap.call or None)

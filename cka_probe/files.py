@@ -33,12 +33,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         The path to write to, in the same folder and with the same suffix.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"a folder, no file: {path}: give the name of a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no such folder: {path.parent}: make it first")
     temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())  # a disk that fills late says so here, before the rename
         temporary.replace(path)
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename = str(path)  # the name that the user knows
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -84,6 +92,8 @@ def load_npz(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such {what}: {path}: check the path")
+    if path.is_dir():
+        raise IsADirectoryError(f"a folder, no {what}: {path}: give the file in it")
     with path.open("rb") as file:
         if file.read(2) != b"PK":
             raise ValueError(f"not a {what}, nor any .npz: {path}: give the file that was saved")
@@ -99,6 +109,8 @@ def load_npz(
         raise ValueError(f"an .npz, but no {what}: {path}: give the file that was saved")
     if found > version:
         raise ValueError(f"{what} of a newer format ({found}): {path}: update cka-probe")
+    if found < 1:
+        raise ValueError(f"{what} of no known format ({found}): {path}: make it again")
     missing = [name for name in (*names, "meta") if name not in stored]
     if missing:
         raise ValueError(f"{what} lacks {', '.join(missing)}: {path}: make it again")

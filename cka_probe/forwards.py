@@ -1,5 +1,6 @@
 """Forwards: one batch through the networks of all its views, features into the estimator."""
 
+import re
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -52,6 +53,7 @@ class Forwards:
         reduce: as in `get_reducer`.
         device: where the forwards run; None for where each network is.
         amp: autocast to bfloat16 for the networks.
+        way_out: what to do about a size that a network refuses.
 
     Attributes:
         collectors: view -> its collector. tables: view -> `layer_table`, after the first batch.
@@ -68,8 +70,10 @@ class Forwards:
         reduce: Any = "flatten",
         device: Any = None,
         amp: bool = False,
+        way_out: str = "give images of a size that it takes",
     ) -> None:
         self.models, self.estimator, self.amp = models, estimator, amp
+        self.way_out = way_out
         self.asked = layers is not None
         self.tables: dict[str, dict[str, Any]] = {}
         self.macs: dict[str, int] = {}
@@ -132,12 +136,17 @@ class Forwards:
             counter.outside(self.estimator.put, (view, tap), features)
 
         x = x.to(device, non_blocking=True)
-        n, shape = len(x), tuple(x.shape[1:])
+        n = len(x)
         try:
             with counter, torch.autocast(device.type, torch.bfloat16, enabled=self.amp):
                 collector.run(x, sink)
         except Exception as error:
-            raise _explained(error, collector.model, view, shape, index) from error
+            where = f"view {view!r}, batch {index}"
+            if isinstance(error, OSError):
+                raise  # a full disk
+            if error is collector.fault:
+                raise _of_tapping(error, where) from error
+            raise _of_network(error, collector.model, x, where, self.way_out) from error
         if first:
             self.macs[view] = counter.macs() // n
             self.tables[view] = layer_table({view: collector}, self.models)
@@ -167,30 +176,61 @@ def _move(model: nn.Module, target: Any, stack: ExitStack) -> None:
     stack.callback(model.to, before)
 
 
-def _explained(
-    error: Exception, model: nn.Module, view: str, shape: tuple[int, ...], index: int
-) -> Exception:
-    """One line that names the view, the batch and, where known, the layer."""
-    size = " x ".join(map(str, shape))
+def _of_tapping(error: Exception, where: str) -> Exception:
+    """What the reducer, the kernel or the estimator raised, as itself; the layer is in it."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, NonFiniteFeaturesError):
         cause = cause.__cause__
     if cause is not None:
-        return _not_finite(error, f"view {view!r}, batch {index}")
-    if (
-        isinstance(error, ValueError)
-        and ": " in str(error)
-        and failing_module(error, model) is None
-    ):
-        return ValueError(f"{one_line(error)} (view {view!r}, batch {index})")
+        return _not_finite(error, where)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return ValueError(f"out of memory: view {view!r}, {size}: use a smaller batch_size")
-    where = failing_module(error, model)
-    layer = f" in layer {where!r}" if where else ""
+        return _out_of_memory(where)
+    text = " ".join(str(error).split())
+    if isinstance(error, TypeError | ValueError) and ": " in text:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        return kind(f"{text} ({where})")
     return ValueError(
-        f"the network cannot take view {view!r}: {size}{layer}, {one_line(error)}: "
-        "leave that size out, or use resize='restore' (--resize restore)"
+        f"cannot take features: {one_line(error)}, {where}: mend the reducer or the kernel"
     )
+
+
+def _of_network(
+    error: Exception, model: nn.Module, x: Tensor, where: str, way_out: str
+) -> Exception:
+    """What the network raised, in one line that names the view and, where known, the layer."""
+    text = " ".join(str(error).split())
+    path = failing_module(error, model)
+    if isinstance(error, ValueError) and ": " in text and path is None:
+        return ValueError(f"{text} ({where})")  # the collector's, after the forward
+    size = " x ".join(map(str, x.shape[1:]))
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return _out_of_memory(f"{where}, {size}")
+    layer = f" in layer {path!r}" if path else ""
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
+    if x.dtype != own and "type" in text.lower():
+        images, network = (str(dtype).removeprefix("torch.") for dtype in (x.dtype, own))
+        return ValueError(
+            f"images are {images}, the network {network}: {where}{layer}: convert one, x.float() "
+            "or model.float()"
+        )
+    found = re.search(r"to have (\d+) channels, but got (\d+) channels", text)
+    if found:
+        return ValueError(
+            f"wrong number of channels: {found[2]} where the network takes {found[1]}, "
+            f"{where}{layer}: give images of {found[1]} channels"
+        )
+    if isinstance(error, TypeError) and "forward() missing" in text and not path:
+        return ValueError(
+            f"the network takes more than images: {one_line(error)}, {where}: wrap it in a module "
+            "whose forward takes images alone"
+        )
+    return ValueError(
+        f"the network cannot take {where}: {size}{layer}, {one_line(error)}: {way_out}"
+    )
+
+
+def _out_of_memory(where: str) -> ValueError:
+    return ValueError(f"out of memory: {where}: use a smaller batch_size (--batch-size)")
 
 
 def _not_finite(error: Exception, where: str) -> ValueError:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cka_probe.gemm import matmul_t
+from cka_probe.own_kernel import checked
 
 SMALL_N = 32  # below this the Gram is taken in float64: it costs nothing and conditioning is worst
 _CHUNK_ROWS = 1024  # fixed, so that a float64 mean does not depend on how features were batched
@@ -295,7 +296,8 @@ def get_kernel(kernel: str | Kernel | Block) -> Kernel:
             (p, d) and (q, d) to a (p, q) block of a symmetric kernel.
 
     Raises:
-        ValueError: an unknown name.
+        TypeError: neither a name nor a callable.
+        ValueError: an unknown name. A callable's result is checked at every call.
     """
     if isinstance(kernel, Kernel):
         return kernel
@@ -305,7 +307,12 @@ def get_kernel(kernel: str | Kernel | Block) -> Kernel:
             raise ValueError(f"unknown kernel: {kernel!r}: known kernels are {known}")
         return KERNELS[kernel]
     name = getattr(kernel, "__name__", type(kernel).__name__)
-    return Kernel(name, lambda a, b: kernel(a, b).double(), _linear_finish, quadratic=False)
+    if not callable(kernel):
+        raise TypeError(
+            f"kernel is neither a name nor a function: {kernel!r:.60}: use 'linear', 'rbf' or a "
+            "function of features (p, d), (q, d)"
+        )
+    return Kernel(name, checked(kernel, name), _linear_finish, quadratic=False)
 
 
 def register_kernel(kernel: Kernel) -> None:

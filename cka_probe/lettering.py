@@ -21,6 +21,7 @@ __all__ = ["FONT", "Fitted", "annotate", "room_in", "row_in", "settle", "shown",
 
 FONT = 9.0  # points, the largest
 _LEAST_FONT = 5.5  # points, the smallest worth printing
+_COARSE = 0.0095  # half an interval that two decimals tell; below it is told in three
 
 
 def row_in(rows: int) -> float:
@@ -96,13 +97,21 @@ class Fitted(Text):
 
 
 def annotate(
-    ax: Axes, mesh: QuadMesh, values: NDArray[np.float64], half: NDArray[np.float64]
+    ax: Axes,
+    mesh: QuadMesh,
+    values: NDArray[np.float64],
+    half: NDArray[np.float64],
+    blank: NDArray[np.bool_] | None = None,
 ) -> bool:
-    """Write values into the cells of a mesh where they fit, black or white; True if with ±half."""
-    texts = [f"{value:.2f}" for value in values.ravel().round(2) + 0.0]  # no -0.00
+    """Write values into the cells of a mesh where they fit, black or white; True if with ±half.
+
+    Nothing is written where `blank` is True.
+    """
+    pairs = list(zip(values.ravel().tolist(), half.ravel().tolist(), strict=True))
+    texts = [_value(value, part, 2) for value, part in pairs]
     longer = [
-        text + f" ±{_short(part)}" * bool(part > 0)
-        for text, part in zip(texts, half.ravel(), strict=True)
+        f"{_value(value, part, 2 if part >= _COARSE else 3)} ±{_short(part)}" if part > 0 else text
+        for (value, part), text in zip(pairs, texts, strict=True)
     ]
     wide = _fit(max(longer, key=len), _cell(ax)) > _LEAST_FONT + 1 and longer != texts
     texts = longer if wide else texts
@@ -114,6 +123,8 @@ def annotate(
     bright = linear @ [0.2126, 0.7152, 0.0722] > 0.18  # WCAG 2: black reads better than white
     for k, (text, value) in enumerate(zip(texts, values.ravel(), strict=True)):
         row, column = divmod(k, values.shape[1])
+        if blank is not None and blank[row, column]:
+            continue
         style: dict[str, Any] = {"color": "black" if bright[k] else "white"}
         if np.isnan(value):
             style = {"color": "0.2", "bbox": {"boxstyle": "square,pad=0.1", "fc": "0.88", "lw": 0}}
@@ -124,9 +135,21 @@ def annotate(
     return wide
 
 
+def _value(value: float, half: float, decimals: int) -> str:
+    """A value rounded, but 1 only where it is 1, or its interval reaches there.
+
+    What is less than 1e-6 below 1 counts as 1: features are float32.
+    """
+    below = value < 1 - 1e-6 and not value + half >= 1
+    for k in range(decimals, 4):
+        if not (below and round(value, k) >= 1):
+            return f"{round(value, k) + 0.0:.{k}f}"  # no -0.00
+    return "0.999"
+
+
 def _short(part: float) -> str:
     """Half an interval in as few characters as tell it from 0: .12, .03, .004."""
-    return f"{part:.2f}".lstrip("0") if part >= 0.0095 else f"{max(part, 0.001):.3f}".lstrip("0")
+    return f"{part:.2f}".lstrip("0") if part >= _COARSE else f"{max(part, 0.001):.3f}".lstrip("0")
 
 
 def _cell(ax: Axes) -> tuple[float, float]:

@@ -73,7 +73,7 @@ class Loop:
         with ExitStack() as stack:
             work = Forwards(
                 models, self.estimator, stack, layers=ask["layers"], reduce=ask["reduce"],
-                device=ask["device"], amp=ask["amp"],
+                device=ask["device"], amp=ask["amp"], way_out=ask["way_out"],
             )  # fmt: skip
             home = next(iter(work.devices.values()), torch.device("cpu"))
             self.shared = share(self.estimator, self.ranks, home)

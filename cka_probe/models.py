@@ -180,7 +180,7 @@ def _from_timm(spec: str, default: bool, args: dict[str, Any]) -> _Built:
     try:
         import timm
     except ImportError as error:
-        raise ValueError(f"timm is not installed: {spec!r}: pip install cka-probe[timm]") from error
+        raise ValueError(f"timm is not installed: {spec!r}: pip install timm") from error
     name = spec.removeprefix("timm:")
     if not timm.is_model(name):
         raise _unknown(spec)
@@ -222,11 +222,20 @@ def _from_file(spec: str, args: dict[str, Any]) -> _Built:
             raise ValueError(text) from error
         make = vars(module).get(attribute)
         if not callable(make):
-            known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+            known = [key for key, value in vars(module).items() if _makes(value, module)]
             near = difflib.get_close_matches(attribute, known, 3, 0.5) or known[:5] or ["nothing"]
             raise ValueError(f"no such callable in the file: {short!r}: it has {', '.join(near)}")
         model = make if isinstance(make, nn.Module) else _build(make, args, short, False)
     return model, short, "DEFAULT:as built", _timm_cfg(model), "timm cfg"
+
+
+def _makes(value: Any, module: types.ModuleType) -> bool:
+    """Whether it may make a network, or is one: defined in the file, not imported into it."""
+    if isinstance(value, nn.Module):
+        return True
+    own = getattr(value, "__module__", "") == module.__name__
+    makes = inspect.isfunction(value) or (isinstance(value, type) and issubclass(value, nn.Module))
+    return own and makes
 
 
 @contextlib.contextmanager

@@ -20,10 +20,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cka_probe.facts import facts
 from cka_probe.files import replacing
 from cka_probe.page_cells import NUMBERED, TINY, cells_html, colours_css, key_html, number
 from cka_probe.page_curve import curve_html
-from cka_probe.reading import LEVEL, Cell, cannot, facts, read_cells, same_layers, shows
+from cka_probe.reading import (
+    LEVEL,
+    Cell,
+    absent,
+    cannot,
+    lead,
+    read_cells,
+    remarks,
+    same_layers,
+)
 
 if TYPE_CHECKING:
     from cka_probe.report import Report
@@ -86,7 +96,8 @@ def _page(report: Report, kept: str) -> str:
         "css": _asset("page.css") + colours_css(),
         "heading": escape(model or "CKA report"),
         "subtitle": escape(_subtitle(report, data)),
-        "shows": escape(shows(report)),
+        "lead": escape(lead(report)),
+        "remarks": "".join(f"<p class=remark>{escape(line)}</p>\n" for line in remarks(report)),
         "cannot": escape(cannot(report)),
         "sections": "\n".join(sections),
         "provenance": "".join(
@@ -131,13 +142,14 @@ def _subtitle(report: Report, data: str) -> str:
 
 def _heatmap(report: Report) -> str:
     frames = [report.against(what=what, level=LEVEL) for what in ("cka", "low", "high")]
-    table = cells_html(frames, "heatmap", "CKA of each layer in each view", report.reference)
+    lacking, label = absent(report), "CKA of each layer in each view"
+    table = cells_html(frames, "heatmap", label, report.reference, lacking)
     return f"""<section id="heat"><h2>Layers by views</h2>
 <p class="note">Each layer in each view, held against the same layer in view
 {escape(report.reference)}. 1 is the same arrangement of the images up to rotation and scale, 0 is
 nothing in common.<span class="js-only"> Point at a cell, or walk with the arrow keys, for its
 {100 * LEVEL:g} % interval.</span></p>
-{key_html(report.against().to_numpy())}
+{key_html(report.against().to_numpy()[~lacking])}
 <div class="scroll">{table}</div></section>"""
 
 

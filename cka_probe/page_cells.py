@@ -20,11 +20,18 @@ if TYPE_CHECKING:
 __all__ = ["NUMBERED", "TINY", "cells_html", "colours_css", "key_html", "number"]
 
 NUMBERED = 14  # columns of a grid whose cells have room for numbers
+_BLANK = '<td class="none"></td>'  # a view lacks the layer
 TINY = 40  # columns beyond which every second name is left out
 
 
-def cells_html(frames: Sequence[pd.DataFrame], name: str, label: str, reference: str = "") -> str:
-    """A table of coloured cells from (cka, low, high), each (rows, columns)."""
+def cells_html(
+    frames: Sequence[pd.DataFrame],
+    name: str,
+    label: str,
+    reference: str = "",
+    blank: NDArray[np.bool_] | None = None,
+) -> str:
+    """A table of coloured cells from (cka, low, high), each (rows, columns), empty where blank."""
     values, low, high = (frame.to_numpy() for frame in frames)  # (rows, columns)
     rows, columns = (list(axis) for axis in (frames[0].index, frames[0].columns))
     numbered = name == "heatmap" or len(columns) <= NUMBERED
@@ -37,7 +44,9 @@ def cells_html(frames: Sequence[pd.DataFrame], name: str, label: str, reference:
     body = "\n".join(
         f'<tr><th scope="row" {_named(layer, 30)}</th>'
         + "".join(
-            _cell(values[r, c], low[r, c], high[r, c], numbered=numbered)
+            _BLANK
+            if blank is not None and blank[r, c]
+            else _cell(values[r, c], low[r, c], high[r, c], numbered=numbered)
             for c in range(len(columns))
         )
         for r, layer in enumerate(rows)

@@ -4,7 +4,8 @@ Each function draws into `ax` and returns it; none shows or saves. Without `ax` 
 through pyplot, sized to the report, because that is what a notebook displays by itself; with `ax`
 pyplot is not touched. Give axes of a figure with `layout="constrained"`: names take room beside
 them. Colours are colour-blind safe and fixed to CKA 0..1, so that two pictures compare; a negative
-value has the colour of 0 and keeps its number; nan is grey, hatched and says so.
+value has the colour of 0 and keeps its number; nan is grey, hatched and says so; the cell of a
+layer that a view lacks is blank.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from matplotlib.patches import Rectangle
 
 from cka_probe.files import replacing
 from cka_probe.lettering import FONT, annotate, room_in, row_in, settle, shown, whole
+from cka_probe.reading import absent, same_layers
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from numpy.typing import NDArray
 
     from cka_probe.report import Report
 
@@ -45,7 +48,7 @@ _made: WeakSet[Figure] = WeakSet()  # figures that this room made, for save_figu
 
 def heatmap(
     report: Report,
-    view: str | None = None,
+    view: str | int | None = None,
     *,
     ax: Axes | None = None,
     level: float = 0.95,
@@ -69,26 +72,28 @@ def heatmap(
     Raises:
         ValueError: for an unknown view, or a level that is not between 0 and 1.
     """
-    view = report.reference if view is None else view
+    view = report.reference if view is None else str(view)
     table = report.against(view)
     half = (report.against(view, "high", level=level) - table).to_numpy()
     ax = _axes(ax, _heatmap_size(table))
-    mesh = _mesh(ax, table, f"CKA with {shown([view], 16)[0]}" if colorbar else None)
+    lacking = absent(report, view)
+    key = f"CKA with {shown([view], 16)[0]}" if colorbar else None
+    mesh = _mesh(ax, table, key, blank=lacking)
     names = ["\n".join(wrap(name, 11, break_long_words=False)) for name in shown(table.columns)]
     names[list(table.columns).index(view)] += "\n(reference)"
     settle(ax, names, shown(table.index))
     ax.set(xlabel="view", ylabel="layer")
     if len(table) > 30:
         ax.tick_params(top=True, labeltop=True)
-    if annotate(ax, mesh, table.to_numpy(), half):
+    if annotate(ax, mesh, table.to_numpy(), half, blank=lacking):
         ax.set_title(f"± half of the {100 * level:g} % interval", fontsize=FONT, loc="right")
     return ax
 
 
 def grid(
     report: Report,
-    view_a: str | None = None,
-    view_b: str | None = None,
+    view_a: str | int | None = None,
+    view_b: str | int | None = None,
     *,
     ax: Axes | None = None,
     colorbar: bool = True,
@@ -119,7 +124,7 @@ def grid(
 
 
 def curve(
-    report: Report, view: str | None = None, *, ax: Axes | None = None, level: float = 0.95
+    report: Report, view: str | int | None = None, *, ax: Axes | None = None, level: float = 0.95
 ) -> Axes:
     """CKA with one view along the layers: a line for each other view, in its interval band.
 
@@ -137,7 +142,7 @@ def curve(
     Raises:
         ValueError: for an unknown view, or a level that is not between 0 and 1.
     """
-    view = report.reference if view is None else view
+    view = report.reference if view is None else str(view)
     table = report.against(view)
     low, high = (report.against(view, what, level=level) for what in ("low", "high"))
     layers = len(table)
@@ -183,15 +188,18 @@ def curve(
 def as_html(report: Report) -> str:
     """The HTML by which a report shows itself in a notebook: a picture inlined as PNG, a sentence.
 
-    The picture is the heatmap, or the grid where no layer stands in two views. pyplot is not
-    touched, so that a notebook shows it once.
+    The picture is the heatmap, or the grid where the views' layers differ (two networks). pyplot is
+    not touched, so that a notebook shows it once.
     """
-    table = report.against()
-    others = table.drop(columns=report.reference).isna().to_numpy().all()
-    alone = others and len(table.columns) <= 2
-    size_in = _grid_size(report.between()) if alone else _heatmap_size(table)
+    heated = same_layers(report)
+    rows = next((view for view in report.views if view != report.reference), report.reference)
+    pair = () if len(report.views) <= 2 else (rows, report.reference)
+    size_in = _heatmap_size(report.against()) if heated else _grid_size(report.between(*pair))
     figure = Figure(figsize=size_in, layout="compressed")
-    (grid if alone else heatmap)(report, ax=figure.add_subplot())
+    if heated:
+        heatmap(report, ax=figure.add_subplot())
+    else:
+        grid(report, *pair, ax=figure.add_subplot())
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90)
     source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -263,13 +271,16 @@ def _colours(views: list[str]) -> list[tuple[float, float, float]]:
     return [(r, g, b) for r, g, b, _ in colours]
 
 
-def _mesh(ax: Axes, table: pd.DataFrame, key: str | None) -> QuadMesh:
-    """Coloured cells, the first row at the top; nan is grey and hatched."""
+def _mesh(
+    ax: Axes, table: pd.DataFrame, key: str | None, blank: NDArray[np.bool_] | None = None
+) -> QuadMesh:
+    """Coloured cells, the first row at the top; nan is grey and hatched but for the blank ones."""
     values = table.to_numpy()
     mesh = ax.pcolormesh(
         np.ma.masked_invalid(values), cmap="viridis", vmin=0, vmax=1, rasterized=values.size > 10000
     )
-    for row, column in np.argwhere(np.isnan(values)):
+    lost = np.isnan(values) if blank is None else np.isnan(values) & ~blank
+    for row, column in np.argwhere(lost):
         cell = Rectangle((column, row), 1, 1, facecolor="0.88", edgecolor="0.6", linewidth=0)
         cell.set_hatch("////")
         ax.add_patch(cell)

@@ -17,7 +17,7 @@ from cka_probe.views import Transform
 
 __all__ = ["REPORT", "Views", "probe"]
 
-Views = Mapping[str, tuple[nn.Module | None, Transform | None]]
+Views = Mapping[str, nn.Module | tuple[nn.Module | None, Transform | None]]
 
 
 def probe(
@@ -65,7 +65,8 @@ def probe(
             are resized only.
         scales: sides in pixels; each is a view named by it. None: the images as they are.
         views: {name: (network or None, transform or None)} instead of scales: the transform takes
-            one decoded image (c, h, w) and its result is fed as it is; None normalises pixels.
+            one decoded image (c, h, w) and its result is fed as it is; None normalises pixels. A
+            bare network stands for (network, None).
         layers: names, globs (`*` crosses dots), `re:` patterns, module types, a callable, or None
             for the network's own blocks.
         reference: the view that `report.against()` compares with; the largest scale, or the first

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from cka_probe.asked import made_plain
 from cka_probe.choose import AUTO, Choice, choose, spool_forecast, usable
 from cka_probe.collect import Tap
 from cka_probe.decode import ImageError
@@ -15,15 +16,15 @@ from cka_probe.estimate import Estimate, estimate
 from cka_probe.estimators import ESTIMATORS, Result
 from cka_probe.features import warn_degenerate
 from cka_probe.files import plain
+from cka_probe.fingerprints import described
 from cka_probe.images import Source, open_images, plan
-from cka_probe.kernels import get_kernel
+from cka_probe.kernels import Kernel, get_kernel
 from cka_probe.loop import Loop
 from cka_probe.memory import available_memory, parse_memory
 from cka_probe.models import IMAGENET
 from cka_probe.project import BLOCKS
 from cka_probe.provenance import merge_tables, model_sha256, versions
 from cka_probe.ranks import Ranks
-from cka_probe.reduce import reducer_name
 from cka_probe.report import Report
 from cka_probe.sketch import check_linear, choose_size
 from cka_probe.state import STATE, differences, refuse_other, saved_options
@@ -36,10 +37,11 @@ class Run:
     """One call of `probe`: what was asked, made ready, then executed once."""
 
     def __init__(self, model: nn.Module | None, images: Any, scales: Any, **ask: Any) -> None:
-        self.ask = ask
+        scales, ask = made_plain(model, scales, ask)
+        self.ask = {**ask, "way_out": _way_out(scales, ask["resize"])}
         self.ranks: Ranks = ask.get("ranks") or Ranks()
         self.kernel = get_kernel(ask["kernel"])
-        self.bandwidth = 1.0 if ask["bandwidth"] is None else float(ask["bandwidth"])
+        self.bandwidth = 1.0 if ask["bandwidth"] is None else ask["bandwidth"]
         if not self.bandwidth > 0:
             raise ValueError(f"bad bandwidth: {self.bandwidth}: give a fraction above 0, usually 1")
         if ask["estimator"] not in (*ESTIMATORS, AUTO):
@@ -181,18 +183,18 @@ class Run:
         shas = {id(m): model_sha256(m) for m in self.models.values()}
         return {
             "views": {
-                name: {"model": shas[id(m)], "transform": repr_of(self.transforms[name])}
+                name: {"model": shas[id(m)], "transform": described(self.transforms[name])}
                 for name, m in self.models.items()
             },
             "reference": self.reference,
             "images": {"name": self.source.name, "sha256": self.source.fingerprint()},
             "n_images": len(self.source),
-            "layers": repr_of(ask["layers"]),
+            "layers": described(ask["layers"]),
             "resize": ask["resize"],
             "antialias": ask["antialias"],
-            "kernel": self.kernel.name,
+            "kernel": _kernel_name(ask["kernel"], self.kernel),
             "bandwidth": self.bandwidth,
-            "reduce": reducer_name(ask["reduce"]),
+            "reduce": described(ask["reduce"]),
             "estimator": self.choice.estimator,
             **({"sketch_size": self.choice.size} if self.choice.estimator == "sketch" else {}),
             "batch_size": ask["batch_size"],
@@ -297,12 +299,18 @@ class Run:
         return about
 
 
-def repr_of(value: Any) -> Any:
-    """A value as stable text: callables by their name, never by their address."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple | set):
-        return [repr_of(item) for item in value]
-    if isinstance(value, type) or (callable(value) and " at 0x" in repr(value)):
-        return getattr(value, "__qualname__", type(value).__qualname__)
-    return repr(value)
+def _kernel_name(asked: Any, kernel: Kernel) -> str:
+    """The name of a kernel of ours; a user's with a hash of its code."""
+    if callable(asked):
+        return str(described(asked))
+    ours = kernel.base.__module__ == get_kernel.__module__
+    return kernel.name if ours else f"{kernel.name} ({described(kernel.base)})"
+
+
+def _way_out(scales: Any, resize: str) -> str:
+    """What to do about a size that the network refuses."""
+    if scales is None:
+        return "give images of a size that it takes (compare: --size)"
+    if resize == "restore":
+        return "take another reference (--reference)"
+    return "leave that size out, or use resize='restore' (--resize restore)"

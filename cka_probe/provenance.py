@@ -2,7 +2,9 @@
 
 import hashlib
 import platform
+import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -33,7 +35,11 @@ def versions() -> dict[str, str]:
         own = version("cka-probe")
     except PackageNotFoundError:
         own = "source"
-    return {"cka_probe": own, "torch": torch.__version__, "python": platform.python_version()}
+    found = {"cka_probe": own, "torch": torch.__version__, "python": platform.python_version()}
+    for name in ("torchvision", "pillow", "numpy", *(["timm"] if "timm" in sys.modules else [])):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 class MacCounter(TorchDispatchMode):

@@ -1,24 +1,22 @@
-"""A report in words: what its numbers show, what CKA cannot show, and how it was made."""
+"""A report in words: what its numbers show, and what CKA cannot show."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cka_probe.report import Report
+import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["LEVEL", "Cell", "cannot", "facts", "read_cells", "same_layers", "shortened", "shows"]
+from cka_probe.report import Report, same_layers
+
+__all__ = ["LEVEL", "NAMED", "Cell", "absent", "cannot", "read_cells", "same_layers"]
+__all__ += ["lead", "listed", "remarks", "shortened", "shows"]
 
 LEVEL = 0.95  # of every interval here
 _MARK = 0.9  # the similarity that intervals are held against
-_NAMED = 12  # names in a list before "and N more"
-_READ = {  # meta that `facts` puts into lines of its own, or that other lines hold
-    "estimator", "kernel", "bandwidth", "reduce", "reference", "n_images", "groups", "batch_size",
-    "seed", "resize", "antialias", "unbiased", "run", "left_out", "unreached", "skipped", "layers",
-    "view_macs", "versions", "seconds",
-}  # fmt: skip
+NAMED = 12  # names in a list before "and N more"
 
 
 class Cell(NamedTuple):
@@ -50,16 +48,12 @@ class Cell(NamedTuple):
         return f"{self.other_layer} in view {self.other_view}"
 
 
-def same_layers(report: Report) -> bool:
-    """Whether the views have (nearly) the same layers, so that each can be held against itself.
-
-    False for a single view, and for two networks whose layers differ: there only pairs of layers
-    say something.
-    """
-    sets = {view: set(report.layers_of(view)) for view in report.views}
-    own = sets.pop(report.reference)
-    shared = sum(len(own & other) for other in sets.values())
-    return bool(sets) and shared >= 0.9 * sum(len(own | other) for other in sets.values())
+def absent(report: Report, view: str | None = None) -> NDArray[np.bool_]:
+    """Where `report.against(view)` has no value to show: one of the two views lacks the layer."""
+    held = {name: set(report.layers_of(name)) for name in report.views}
+    own = held[report.reference if view is None else view]
+    rows = [[layer not in own & held[name] for name in report.views] for layer in report.layers]
+    return np.array(rows)
 
 
 def read_cells(report: Report) -> list[Cell]:
@@ -96,22 +90,55 @@ def read_cells(report: Report) -> list[Cell]:
 
 
 def shows(report: Report) -> str:
-    """What the numbers show, in plain sentences that say no more than the intervals allow.
+    """What the numbers show: the one sentence of `lead`, then `remarks`, a line each."""
+    return "\n".join([lead(report), *remarks(report)])
 
-    Held against the reference: the layer least like itself, whether the intervals settle that it
-    is the least, and for which layers a CKA of 0.9 is ruled out. Where the views have no layers in
-    common: the most and the least alike pair.
+
+def lead(report: Report) -> str:
+    """What the numbers show in one plain sentence: which layers move most, where, to what value.
+
+    Layers whose intervals reach into that of the lowest value are named with it. Where the views
+    have no layers in common: the most alike pair.
+    """
+    valid = [cell for cell in read_cells(report) if not math.isnan(cell.cka)]
+    if not valid:
+        return "There is no value to read: the report has no pair of layers that both vary."
+    if not same_layers(report):
+        most = max(valid, key=lambda cell: cell.cka)
+        count = f"Of {len(valid)} pairs of layers, " if len(valid) > 1 else ""
+        pair = f"{most.one} and {most.other}"
+        alike = "are the most alike, with" if count else "have"
+        return f"{count}{pair} {alike} a CKA of {_three(most.cka)}."
+    least = min(valid, key=lambda cell: cell.cka)
+    if _three(least.cka) == "1.000":
+        return f"No layer moves: the lowest CKA with view {report.reference} is 1.000."
+    names = [least.layer, *(c.layer for c in _rivals(valid, least) if c.view == least.view)]
+    what = f"{listed(names)} move" if len(names) > 1 else f"{least.layer} moves"
+    own = f"the CKA of {least.layer}" if len(names) > 1 else "its CKA"
+    if len(names) > 3:
+        what = f"{len(names)} layers, {least.layer} among them, move"
+    there, here = _place(least.view), _place(report.reference)
+    there = there[:1].upper() + there[1:]
+    return f"{there}, {what} most: {own} with itself {here} is {_three(least.cka)}."
+
+
+def remarks(report: Report) -> list[str]:
+    """What else the numbers show, in sentences that say no more than the intervals allow.
+
+    Held against the reference: whether the intervals settle which value is the least, and for which
+    layers a CKA of 0.9 is ruled out. Where the views have no layers in common: the most and the
+    least alike pair. Then what a negative value, nan or the lack of intervals means.
     """
     cells = read_cells(report)
     valid = [cell for cell in cells if not math.isnan(cell.cka)]
     if not valid:
-        return "There is no value to read: the report has no pair of layers that both vary."
+        return []
     told = _least(report, valid) if same_layers(report) else _extremes(report, valid)
     if all(math.isnan(cell.low) for cell in valid):
         told.append("There are no error bars (fewer than two groups of images), so differences "
                     "between values may be chance.")  # fmt: skip
     elif same_layers(report):
-        told += _ruled_out(report, valid)
+        told.append(" ".join(_ruled_out(report, valid)))
     if any(cell.cka < 0 for cell in valid):
         told.append(
             "A true CKA is never below 0: the debiased estimate of one near 0 falls on both sides."
@@ -121,7 +148,7 @@ def shows(report: Report) -> str:
         told.append(
             f"{lost} of {len(cells)} values are nan: features that do not vary above rounding."
         )
-    return " ".join(told)
+    return told
 
 
 def cannot(report: Report) -> str:
@@ -136,40 +163,6 @@ def cannot(report: Report) -> str:
         "values would scatter with other images of this kind, not with another network or other "
         "data, and each holds by itself: about one in twenty misses."
     )
-
-
-def facts(report: Report) -> list[tuple[str, str]]:
-    """How the report was made: (name, value) lines for a reader, as far as its meta tells."""
-    meta = report.meta
-    run: dict[str, Any] = meta["run"] if isinstance(meta.get("run"), dict) else {}
-    kernel = str(meta.get("kernel", ""))
-    if kernel == "rbf" and meta.get("bandwidth") is not None:
-        kernel += f", sigma {meta['bandwidth']:g} of the median distance"
-    debiased = {"True": ", debiased", "False": ", biased"}.get(str(meta.get("unbiased")), "")
-    groups = f"{meta['groups']} groups of images" if meta.get("groups") else ""
-    method = f"jackknife over {groups}, Student's t" if groups else ""
-    lines = [
-        *((name, _told(value)) for name, value in meta.items() if name not in _READ),
-        ("data", _told(run.get("images"))),
-        ("images", str(meta.get("n_images", ""))),
-        ("left out", _list(meta.get("left_out"))),
-        ("views", _views(run.get("views"))),
-        ("reference view", report.reference),
-        ("resize", _resize(meta)),
-        ("kernel", kernel),
-        ("feature reduction", _told(meta.get("reduce"))),
-        ("estimator", f"{meta.get('estimator', '')}{debiased}" if meta.get("estimator") else ""),
-        ("batch size", _told(meta.get("batch_size"))),
-        ("intervals", f"{100 * LEVEL:g} %, {method}" if method else "none"),
-        ("seed", _told(meta.get("seed"))),
-        ("mixed precision", "bfloat16" if run.get("amp") else ""),
-        ("MACs per image", _macs(meta.get("view_macs"))),
-        ("never reached", _list(meta.get("unreached"))),
-        ("cannot be tapped", _list(meta.get("skipped"))),
-        ("versions", _told(meta.get("versions"))),
-        ("time taken", f"{meta['seconds']:g} s" if meta.get("seconds") else ""),
-    ]
-    return [(name.replace("_", " "), value) for name, value in lines if value]
 
 
 def shortened(name: str, most: int = 30) -> str:
@@ -187,17 +180,27 @@ def _least(report: Report, cells: Sequence[Cell]) -> list[str]:
     told = f"Least like itself in view {report.reference} is {least.one} ({least})"
     if math.isnan(least.high) or len(cells) == 1:
         return [told + "."]
-    rivals = [
-        cell
-        for cell in cells
-        if cell is not least and (cell.cka if math.isnan(cell.low) else cell.low) <= least.high
-    ]
+    rivals = _rivals(cells, least)
     if not rivals:
         return [told + "; the intervals of all others lie above its own."]
     if len(rivals) == 1:
         return [f"{told}, but the interval of {rivals[0].one} reaches into its own."]
     return [f"{told}, but the intervals of {len(rivals)} other values reach into its own, so "
             "which is lowest is open."]  # fmt: skip
+
+
+def _rivals(cells: Sequence[Cell], least: Cell) -> list[Cell]:
+    """The values whose intervals reach into that of the least; none where it has no interval."""
+    return [
+        cell
+        for cell in cells
+        if cell is not least and (cell.cka if math.isnan(cell.low) else cell.low) <= least.high
+    ]
+
+
+def _place(view: str) -> str:
+    """Where a layer is looked at: a view that is named by a number is a size."""
+    return f"at {view} px" if view.isdecimal() else f"in view {view}"
 
 
 def _extremes(report: Report, cells: Sequence[Cell]) -> list[str]:
@@ -219,7 +222,7 @@ def _ruled_out(report: Report, cells: Sequence[Cell]) -> list[str]:
     for view in views:
         here = [cell.layer for cell in below if cell.view == view]
         total = sum(cell.view == view for cell in cells)
-        names = f"{_list(here)}" if len(here) <= 3 else f"{len(here)} of {total} layers"
+        names = f"{listed(here)}" if len(here) <= 3 else f"{len(here)} of {total} layers"
         if total:
             every = "both" if total == 2 else f"all {total}"
             phrase = f"{every} layers" if len(here) == total > 1 else names or "no layer"
@@ -227,7 +230,7 @@ def _ruled_out(report: Report, cells: Sequence[Cell]) -> list[str]:
     if len(said) > 8:
         said = {f"{len(below)} of {len(cells)} values": []}
     parts = [
-        f"{what} in view{'s' * (len(where) > 1)} {_list(where)}" if where else what
+        f"{what} in view{'s' * (len(where) > 1)} {listed(where)}" if where else what
         for what, where in said.items()
     ]
     above = sum(cell.low > _MARK for cell in cells)
@@ -245,68 +248,11 @@ def _ruled_out(report: Report, cells: Sequence[Cell]) -> list[str]:
     return told
 
 
-def _list(values: Any) -> str:
+def listed(values: Any) -> str:
     """Names in a row; of many the first few and how many more. A mapping: name (value)."""
     if isinstance(values, Mapping):
         values = [f"{name} ({value})" for name, value in values.items()]
     names = [str(value) for value in values or []]
-    if len(names) > _NAMED:
-        return f"{', '.join(names[:_NAMED])} and {len(names) - _NAMED} more"
+    if len(names) > NAMED:
+        return f"{', '.join(names[:NAMED])} and {len(names) - NAMED} more"
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def _told(value: Any) -> str:
-    """Any value of meta in one line; 64 hex digits are a SHA-256, of which 12 are shown."""
-    if value is None or value == {} or value == []:
-        return ""
-    if isinstance(value, Mapping):
-        parts = ((name, _told(part)) for name, part in value.items())
-        return ", ".join(
-            part if name == "name" else f"{name.replace('_', ' ')} {part}"
-            for name, part in parts
-            if part
-        )
-    if isinstance(value, list):
-        return " ".join(map(_told, value)) if len(value) <= _NAMED else _list(value)
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    is_sha = len(text) == 64 and set(text) <= set("0123456789abcdef")
-    return f"{text[:12]}…" if is_sha else text
-
-
-def _views(views: Any) -> str:
-    """Each view's transform, and its network's SHA-256 (once where all share one)."""
-    if not isinstance(views, dict):
-        return ""
-    shas = {name: _told(view.get("model")) for name, view in views.items()}
-    one = len(set(shas.values())) == 1
-    lines = [
-        f"{name}: {_transform(view.get('transform'))}" + ("" if one else f", network {shas[name]}")
-        for name, view in views.items()
-    ]
-    return "\n".join([*lines, *([f"network {next(iter(shas.values()))}"] if one else [])])
-
-
-def _transform(transform: Any) -> str:
-    """A transform's printed form; of our own only what is set."""
-    inner = re.fullmatch(r"View\((.*)\)", _told(transform))
-    if not inner:
-        return _told(transform) or "as they are"
-    parts = re.split(r", (?=\w+=)", inner[1])
-    return ", ".join(part.replace("=", " ", 1) for part in parts if not part.endswith("=None"))
-
-
-def _resize(meta: Mapping[str, Any]) -> str:
-    if not meta.get("resize"):
-        return ""
-    return f"{meta['resize']}, {'' if meta.get('antialias', True) else 'not '}antialiased"
-
-
-def _macs(macs: Any) -> str:
-    """MACs of each view, in thousands, millions or billions."""
-    if not isinstance(macs, Mapping):
-        return ""
-    told = []
-    for view, count in macs.items():
-        unit = next((u for u in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if count >= u[0]), (1, ""))
-        told.append(f"{view}: {count / unit[0]:.3g} {unit[1]}".rstrip())
-    return " · ".join(told)

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from cka_probe.files import load_npz, plain, save_npz
+from cka_probe.report_checks import ROUNDING, names, square
 
-__all__ = ["FORMAT", "Report"]
+__all__ = ["FORMAT", "Report", "same_layers"]
 
 FORMAT = 1  # of the .npz; a reader refuses what is newer
 _ARRAYS = ("cka", "stderr", "view", "layer")
 _WHAT = ("cka", "stderr", "low", "high")
-_ROUNDING = 1e-9  # asymmetry and distance of the diagonal from 1 that count as rounding
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -53,16 +53,16 @@ class Report:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        view, layer = _names(self.view, "view"), _names(self.layer, "layer")
+        view, layer = names(self.view, "view"), names(self.layer, "layer")
         if len(view) != len(layer) or not len(view):
             raise ValueError(f"views and layers unpaired: {len(view)}, {len(layer)}: pair them")
         entries = Counter(zip(view.tolist(), layer.tolist(), strict=True))
         twice, times = entries.most_common(1)[0]
         if times > 1:
             raise ValueError(f"an entry stands {times} times: {twice}: name each once")
-        cka, stderr = _square(self.cka, len(view), "cka"), _square(self.stderr, len(view), "stderr")
+        cka, stderr = square(self.cka, len(view), "cka"), square(self.stderr, len(view), "stderr")
         diagonal = cka.diagonal()
-        odd = np.flatnonzero(np.abs(diagonal - 1) > _ROUNDING)  # nan is not odd
+        odd = np.flatnonzero(np.abs(diagonal - 1) > ROUNDING)  # nan is not odd
         if odd.size:
             entry, value = (str(view[odd[0]]), str(layer[odd[0]])), diagonal[odd[0]]
             raise ValueError(f"an entry's CKA with itself: {value} for {entry}: give 1 or nan")
@@ -72,6 +72,10 @@ class Report:
         meta = plain(self.meta)
         if not isinstance(meta, dict):
             raise TypeError(f"meta is not a dict: {self.meta!r:.60}: give one, if need be empty")
+        if not isinstance(meta.get("groups") or 0, int | float):
+            raise TypeError(
+                f"groups are no number: {meta['groups']!r:.60}: give how many there are"
+            )
         for name, array in zip(_ARRAYS, (cka, stderr, view, layer), strict=True):
             array.setflags(write=False)
             object.__setattr__(self, name, array)
@@ -126,7 +130,7 @@ class Report:
                 merged.insert(before, name)
         return merged
 
-    def layers_of(self, view: str) -> list[str]:
+    def layers_of(self, view: str | int) -> list[str]:
         """The layers of one view, in execution order."""
         names: list[str] = self.layer[self.view == self._known(view)].tolist()
         return names
@@ -170,12 +174,13 @@ class Report:
         return self.interval(level)[what == "high"]
 
     def against(
-        self, view: str | None = None, what: str = "cka", *, level: float = 0.95
+        self, view: str | int | None = None, what: str = "cka", *, level: float = 0.95
     ) -> pd.DataFrame:
         """Layers x views: each layer in each view held against the same layer in one view.
 
         Args:
-            view: that view; None means the reference, which is the last view where none is named.
+            view: that view, 224 for "224"; None means the reference, which is the last view where
+                none is named.
             what: "cka", "stderr", or "low" or "high" of the interval.
             level: coverage of the interval.
 
@@ -199,8 +204,8 @@ class Report:
 
     def between(
         self,
-        view_a: str | None = None,
-        view_b: str | None = None,
+        view_a: str | int | None = None,
+        view_b: str | int | None = None,
         what: str = "cka",
         *,
         level: float = 0.95,
@@ -224,9 +229,10 @@ class Report:
             raise ValueError(f"which views is open: {len(self.views)} views: name two of {known}")
         if view_b is None:
             view_b = self.views[-1] if view_a is None else view_a
-        view_a = self.views[0] if view_a is None else view_a
-        rows = np.flatnonzero(self.view == self._known(view_a))
-        columns = np.flatnonzero(self.view == self._known(view_b))
+        view_a = self._known(self.views[0] if view_a is None else view_a)
+        view_b = self._known(view_b)
+        rows = np.flatnonzero(self.view == view_a)
+        columns = np.flatnonzero(self.view == view_b)
         frame: pd.DataFrame = pd.DataFrame(
             self.values(what, level=level)[np.ix_(rows, columns)],
             index=pd.Index(self.layer[rows].tolist(), name=f"layer in {view_a}"),
@@ -263,17 +269,17 @@ class Report:
         return f"{how} of {what}: {self._furthest(level)}."
 
     def _furthest(self, level: float) -> str:
-        """The cell of `against` with the lowest value; where there is none, the lowest pair."""
+        """The lowest value: of layers held against themselves, else of pairs of two views."""
         reference, where = self.reference, self._where()
-        cells = [
-            (k, where[reference, name])
-            for (view, name), k in where.items()
-            if view != reference and (reference, name) in where
-        ]
-        subject = "layer {1!r} in view {0!r} is least like itself in {2!r}"
-        if not cells:
-            cells = list(zip(*np.triu_indices(len(self), 1), strict=True))
-            subject = "least alike are layer {1!r} in view {0!r} and {3!r} in {2!r}"
+        subject = "least alike are layer {1!r} in view {0!r} and {3!r} in {2!r}"
+        own = self.view == reference
+        if same_layers(self):
+            pairs = ((k, where.get((reference, name))) for (_, name), k in where.items())
+            cells = [(k, j) for k, j in pairs if j is not None and j != k]
+            subject = "layer {1!r} in view {0!r} is least like itself in {2!r}"
+        else:
+            upper = np.argwhere(np.triu(np.ones_like(self.cka), 1)).tolist()
+            cells = [(i, j) for i, j in upper if own[i] != own[j] or own.all()]
         valid = [cell for cell in cells if not np.isnan(self.cka[cell])]
         if not valid:
             return "there is no pair with a value"
@@ -311,9 +317,9 @@ class Report:
             why = str(error).replace(": ", ", ")
             raise ValueError(f"no proper report: {os.fspath(path)}: {why}") from error
 
-    def _known(self, view: str) -> str:
-        """The view, if there is one of this name."""
-        known = self.views
+    def _known(self, view: str | int) -> str:
+        """The view, if there is one of this name; a number is the name of a size."""
+        known, view = self.views, str(view) if isinstance(view, int) else view
         if view not in known:
             raise ValueError(f"unknown view: {view!r}: use one of {', '.join(map(repr, known))}")
         return view
@@ -324,27 +330,13 @@ class Report:
         return {pair: k for k, pair in enumerate(pairs)}
 
 
-def _names(values: Any, what: str) -> NDArray[np.str_]:
-    """Names as an array of text (m,), refusing anything that is not text."""
-    names = list(values)
-    if not all(isinstance(name, str) for name in names) or isinstance(values, str):
-        raise TypeError(f"{what} holds more than text: {values!r:.60}: give one name an entry")
-    return np.array(names, dtype=np.str_)
+def same_layers(report: Report) -> bool:
+    """Whether the views have (nearly) the same layers, so that each can be held against itself.
 
-
-def _square(values: Any, m: int, what: str) -> NDArray[np.float64]:
-    """Numbers as a symmetric (m, m) float64 array of its own."""
-    try:
-        square = np.array(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise TypeError(f"{what} holds more than numbers: {values!r:.60}: give an array") from None
-    if square.shape != (m, m):
-        raise ValueError(f"{what} does not fit {m} entries: shape {square.shape}: give ({m}, {m})")
-    if np.isinf(square).any():
-        raise ValueError(f"{what} is infinite: {np.argwhere(np.isinf(square))[0]}: use nan or less")
-    even = np.isclose(square, square.T, rtol=0, atol=_ROUNDING, equal_nan=True)
-    if not even.all():
-        cell = tuple(np.argwhere(~even)[0].tolist())
-        raise ValueError(f"{what} is not symmetric: at {cell}: give (x + x.T) / 2")
-    middle: NDArray[np.float64] = (square + square.T) / 2
-    return middle
+    False for a single view, and for two networks whose layers differ: there only pairs of layers
+    say something.
+    """
+    sets = {view: set(report.layers_of(view)) for view in report.views}
+    own = sets.pop(report.reference)
+    shared = sum(len(own & other) for other in sets.values())
+    return bool(sets) and shared >= 0.9 * sum(len(own | other) for other in sets.values())

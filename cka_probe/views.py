@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ __all__ += ["resize", "scale_transforms", "seeded", "stack", "view_transforms"]
 
 Transform = Callable[[Tensor], Tensor]
 NATIVE = "native"
+_LARGEST_PX = 16384  # an image of 3 GiB
 _SIDES = "give sides in pixels, such as 32,64,128,224"
 
 
@@ -81,7 +82,7 @@ class View:
         return (image - mean).div_(std)
 
 
-def _channels(what: str, values: Iterable[float]) -> tuple[float, ...]:
+def _channels(what: str, values: Any) -> tuple[float, ...]:
     """Finite numbers, one a channel."""
     try:
         out = tuple(float(value) for value in values)
@@ -120,7 +121,12 @@ def resize(images: Tensor, size_px: int | Sequence[int], antialias: bool = True)
         return images
     wide = images if images.dtype in (torch.float32, torch.float64) else images.float()
     four = wide if wide.ndim == 4 else wide[None]  # (n, c, h, w)
-    out = F.interpolate(four, size, mode="bilinear", align_corners=False, antialias=antialias)
+    try:
+        out = F.interpolate(four, size, mode="bilinear", align_corners=False, antialias=antialias)
+    except RuntimeError as error:
+        if "alloc" not in str(error):
+            raise
+        raise ValueError(f"no memory for an image: {size} pixels: give a smaller scale") from error
     return (out if wide.ndim == 4 else out[0]).to(images.dtype)
 
 
@@ -244,6 +250,8 @@ def check_scales(scales: Iterable[int]) -> list[int]:
         side_px = int(scale)
         if side_px <= 0:
             raise ValueError(f"bad scale: {side_px}: a side is at least 1 pixel")
+        if side_px > _LARGEST_PX:
+            raise ValueError(f"scale too large: {side_px}: give at most {_LARGEST_PX} pixels")
         if side_px in sides:
             raise ValueError(f"scale given twice: {side_px}: name each view once")
         sides.append(side_px)
@@ -281,8 +289,8 @@ def scale_transforms(
     """
     if resize not in ("native", "restore"):
         raise ValueError(f"unknown resize: {resize!r}: choose 'native' or 'restore'")
-    means = None if mean is None else tuple(mean)
-    stds = None if std is None else tuple(std)
+    means = None if mean is None else _channels("mean", mean)
+    stds = None if std is None else _channels("std", std)
     if scales is None:
         if resize == "restore":
             raise ValueError("restore without scales: None: give scales= to resize down to")
@@ -334,8 +342,8 @@ def view_transforms(
     for name, transform in transforms.items():
         if transform is None:
             transform = View(
-                mean=None if mean is None else tuple(mean),
-                std=None if std is None else tuple(std),
+                mean=None if mean is None else _channels("mean", mean),
+                std=None if std is None else _channels("std", std),
             )
         if not callable(transform):
             kind = type(transform).__name__

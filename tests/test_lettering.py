@@ -42,13 +42,22 @@ def test_room_grows_with_names_and_rows():
     ("value", "half", "text"),
     [
         (0.874, 0.0149, "0.87 ±.01"),
-        (0.874, 0.0041, "0.87 ±.004"),
-        (0.874, 0.0001, "0.87 ±.001"),
+        (0.874, 0.0041, "0.874 ±.004"),
+        (0.874, 0.0001, "0.874 ±.001"),
         (0.1, 1.234, "0.10 ±1.23"),
         (-0.126, 0.5, "-0.13 ±.50"),
         (-0.001, np.nan, "0.00"),
         (1.0, 0.0, "1.00"),
         (np.nan, np.nan, "nan"),
+        (0.9975, 0.0003, "0.998 ±.001"),
+        (0.9997, 0.0001, "0.999 ±.001"),
+        (0.9999, 0.0002, "1.000 ±.001"),  # the interval reaches 1
+        (0.998, 0.01, "1.00 ±.01"),
+        (0.9999999, 1e-9, "1.000 ±.001"),
+        (0.9975, np.nan, "0.998"),
+        (0.99996, np.nan, "0.999"),
+        (1 - 1e-12, np.nan, "1.00"),
+        (1.0, np.nan, "1.00"),
     ],
 )
 def test_numbers(value, half, text):
@@ -66,3 +75,15 @@ def test_numbers_that_do_not_fit_are_left_out():
         mesh = ax.pcolormesh(values, vmin=0, vmax=1)
         assert annotate(ax, mesh, values, half) == (width_in == 4)
         assert [text.get_text() for text in ax.texts] == texts
+
+
+def test_no_printed_interval_excludes_the_value_nor_says_1_where_1_is_ruled_out():
+    rng = np.random.default_rng(0)
+    values = 1 - 10 ** rng.uniform(-5, 0, (30, 30))
+    halves = 10 ** rng.uniform(-5, -1, (30, 30))
+    ax = Figure(figsize=(60, 20)).add_axes((0, 0, 1, 1))
+    assert annotate(ax, ax.pcolormesh(values, vmin=0, vmax=1), values, halves)
+    for text, value, half in zip(ax.texts, values.flat, halves.flat, strict=True):
+        told, part = map(float, text.get_text().split(" ±"))
+        assert abs(told - value) <= part + 1e-12, (text, value, half)
+        assert told < 1 or value + half >= 1, (text, value, half)

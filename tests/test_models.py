@@ -82,7 +82,7 @@ def test_an_unknown_model_gets_near_names(name, hint):
 def test_without_timm_the_way_to_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     text = refused("timm:resnet18", "none")
-    assert text == "timm is not installed: 'timm:resnet18': pip install cka-probe[timm]"
+    assert text == "timm is not installed: 'timm:resnet18': pip install timm"
     assert "'resnet18'" in refused("resnet19", "none")
 
 
@@ -238,3 +238,16 @@ def test_the_embedded_network_by_name():
     image = torch.rand(3, 4, 4)  # 0..1, as decoded; the glyphs lie in -1..1
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (loaded.mean, loaded.std))
     torch.testing.assert_close((image - mean) / std, image * 2 - 1)
+
+
+def test_a_wrong_name_in_a_file_is_offered_what_makes_networks_there(tmp_path):
+    """Not what the file imports: those are no choices."""
+    (tmp_path / "own.py").write_text(
+        "from collections import OrderedDict\nfrom functools import partial, wraps\n"
+        "from torch import nn\nfrom torch.nn import Linear\nfrom torchvision.models import vgg11\n"
+        "class Nope2(nn.Module):\n    pass\nclass Plain:\n    pass\n"
+        "def build():\n    return Nope2()\nready = nn.ReLU()\n"
+    )
+    with pytest.raises(ValueError, match="no such callable in the file: ") as caught:
+        load_model(f"{tmp_path / 'own.py'}:zzz")
+    assert str(caught.value).endswith(": it has Nope2, build, ready")

@@ -1,35 +1,22 @@
 """The page in headless Chromium: its numbers are the report's, by hand and by keyboard."""
 
-import shutil
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from pages import LAYERS, READ, VIEWS, ends, expected, focused, luminance, made, text
+from shell import furnish, words
 
 from cka_probe import page as page_module
+from cka_probe.cli import main
 from cka_probe.page import LIMIT_BYTES, page, save_page
+from cka_probe.reading import lead, remarks
 from cka_probe.report import Report
 
 HOSTILE = ["</script><b id=evil>x", '"><img src=x onerror=alert(1)>', "<!--js-->", "a&amp;b'c",
            "ein.sehr.langer.name.block12.attention.softmax.proj", "späße \\u003c ${x}"]  # fmt: skip
-SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update",
-            "--disable-sync"]  # fmt: skip
 TIP = "() => [...document.querySelector('#tip').children].map(line => line.textContent)"
 WIDTH = "() => document.documentElement.scrollWidth"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium on the path: install Debian's package chromium")
-    with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=chromium, args=SWITCHES)
-        yield running
-        running.close()
 
 
 @pytest.fixture
@@ -89,7 +76,8 @@ def test_without_javascript(opened):
         assert cells == [cell[0] for row in wanted for cell in row]
         lines = tab.locator("#table tbody tr").all()
         assert [line.locator("th, td").all_text_contents() for line in lines] == rows
-        assert "Least like itself in view 96" in tab.locator(".lead").inner_text()
+        assert tab.locator(".lead").inner_text() == lead(report)
+        assert tab.locator(".remark").all_inner_texts() == remarks(report)
         assert not tab.locator("#filter").is_visible()
         assert len(tab.locator(".plot .line").all()) == 2
 
@@ -98,6 +86,8 @@ def test_pointing_at_a_cell(opened):
     report = made(nan=[3])
     low, high = (report.against(what=what) for what in ("low", "high"))
     with opened(report) as tab:
+        tab.locator("#heatmap").scroll_into_view_if_needed()
+        tab.wait_for_timeout(200)  # a scroll that ends late would take the tip away
         tab.locator("#heatmap tbody tr").nth(1).locator("td").nth(1).hover()
         interval = f"{text(low['64']['layer1.0'])} to {text(high['64']['layer1.0'])}"
         value = text(report.against()["64"]["layer1.0"])
@@ -318,6 +308,26 @@ def test_two_networks(opened):
         assert [line.locator("th, td").all_text_contents()[:4] for line in lines] == rows
         tab.locator("#grid tbody td").first.hover()
         assert tab.evaluate(TIP)[2] == "no interval"
+
+
+def test_the_page_of_a_real_run_equals_its_report(browser, tmp_path):
+    out = tmp_path / "o"
+    assert main(words(furnish(tmp_path), out, "--quiet", "--layers", "*")) == 0
+    report = Report.load(out / "report.npz")
+    tab = browser.new_page()
+    tab.goto((out / "report.html").as_uri())
+    wanted = expected(report, lambda what: report.against(what=what))
+    assert tab.evaluate(READ, "heatmap") == wanted
+    assert tab.locator(".lead").inner_text() == lead(report)
+    for rows, columns in (("8", "16"), ("16", "16"), ("8", "8")):
+        tab.select_option("#rows", label=rows)
+        tab.select_option("#columns", label=columns)
+        label = f"CKA of each layer of view {rows} with each of view {columns}"
+        tab.locator(f"#grid[aria-label='{label}']").wait_for()
+        read = tab.evaluate(READ, "grid")
+        assert read == expected(report, lambda w, a=rows, b=columns: report.between(a, b, w))
+    assert f"sha256 {report.meta['run']['images']['sha256'][:12]}" in tab.content()
+    tab.close()
 
 
 def test_saved_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -5,7 +5,8 @@ import pytest
 from pages import made
 from scipy.special import stdtrit
 
-from cka_probe.reading import cannot, facts, read_cells, same_layers, shows
+from cka_probe.facts import facts
+from cka_probe.reading import cannot, lead, read_cells, remarks, same_layers, shows
 from cka_probe.report import Report
 
 ABOVE = "The interval lies wholly above 0.9 for"
@@ -32,7 +33,44 @@ def report(values, half=0.02, layers=("p", "q"), **meta):
 )
 def test_the_least_is_settled_or_not(values, said):
     least = "Least like itself in view r is p in view s (CKA 0.300, 95 % interval 0.280 to 0.320)"
-    assert shows(report(values)).startswith(least + said)
+    assert remarks(report(values))[0] == least + said
+
+
+def sized(values, **more):
+    """The same with sizes as views: 8 px held against 64 px."""
+    one = report(values, **more)
+    names = ["8" if view == "s" else "64" for view in one.view]
+    return Report(one.cka, one.stderr, names, one.layer, {**one.meta, "reference": "64"})
+
+
+FIVE = ["k", "l", "m", "n", "o"]
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        (sized([0.3, 0.5]), "At 8 px, p moves most: its CKA with itself at 64 px is 0.300."),
+        (report([0.3, 0.5]), "In view s, p moves most: its CKA with itself in view r is 0.300."),
+        (
+            sized([0.33, 0.3]),
+            "At 8 px, q and p move most: the CKA of q with itself at 64 px is 0.300.",
+        ),
+        (
+            sized([0.5, 0.51, 0.52, 0.9, 0.53], layers=FIVE),
+            "At 8 px, 4 layers, k among them, move most: the CKA of k with itself at 64 px "
+            "is 0.500.",
+        ),
+        (sized([-0.0001, 0.5]), "At 8 px, p moves most: its CKA with itself at 64 px is 0.000."),
+        (
+            report([0.3, 0.5], groups=1),
+            "In view s, p moves most: its CKA with itself in view r is 0.300.",
+        ),
+        (sized([0.9999, 1.0]), "No layer moves: the lowest CKA with view 64 is 1.000."),
+    ],
+)
+def test_the_lead_is_one_plain_sentence(told, said):
+    assert lead(told) == said
+    assert shows(told).splitlines() == [said, *remarks(told)]
 
 
 def test_many_rivals():
@@ -76,6 +114,7 @@ def test_negative_and_nan():
     assert "1 of 2 values are nan" in told
     assert "never below 0" not in shows(report([0.2, 0.3]))
     assert shows(report([np.nan, np.nan])).startswith("There is no value to read")
+    assert remarks(report([np.nan, np.nan])) == []
 
 
 def test_views_of_one_finding_are_told_together():
@@ -93,6 +132,9 @@ def test_two_networks_are_read_by_pairs():
                  {"groups": 8, "reference": "a"})  # fmt: skip
     assert not same_layers(two)
     assert len(read_cells(two)) == 4
+    assert lead(two) == (
+        "Of 4 pairs of layers, y in view b and p in view a are the most alike, with a CKA of 0.900."
+    )
     told = shows(two)
     assert "Of 4 pairs of layers, most alike are y in view b and p in view a (CKA 0.900" in told
     assert "least alike y in view b and q in view a (CKA 0.100" in told

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -59,7 +61,7 @@ def test_a_folder_of_three_images_is_too_small(tmp_path):
         open_images(tmp_path)
 
 
-def test_the_fingerprint_of_a_folder_follows_names_and_sizes(folder):
+def test_the_fingerprint_of_a_folder_follows_names_and_bytes(folder):
     first = open_images(folder).fingerprint()
     assert open_images(folder).fingerprint() == first
     assert open_images(folder, n_images=20).fingerprint() != first
@@ -69,8 +71,8 @@ def test_the_fingerprint_of_a_folder_follows_names_and_sizes(folder):
     assert source.fingerprint() != first  # the file has gone: noticed, not raised
     (folder / "a/x.png").rename(folder / "a/000.png")
     assert open_images(folder).fingerprint() == first
-    with (folder / "a/000.png").open("ab") as file:
-        file.write(b"\0")
+    content = (folder / "a/000.png").read_bytes()
+    (folder / "a/000.png").write_bytes(content[:-1] + b"x")  # of equal size
     assert open_images(folder).fingerprint() != first
 
 
@@ -112,11 +114,28 @@ def test_each_item_of_a_dataset_is_asked_for_once():
     assert torch.equal(again[0].views["4"][0], data.items[int(again[0].ids[0])])
 
 
-def test_the_fingerprint_of_a_dataset_follows_its_first_image():
-    items = [torch.rand(3, 4, 4) for _ in range(4)]
+@pytest.mark.parametrize("n", [5, 16])
+def test_the_fingerprint_of_a_small_dataset_follows_every_image(n):
+    items = [torch.rand(3, 4, 4) for _ in range(n)]
     first = open_images(Items(items)).fingerprint()
     assert open_images(Items(items)).fingerprint() == first
-    assert open_images(Items([items[1], *items[1:]])).fingerprint() != first
+    for k in range(n):
+        other = [*items[:k], items[k] + 1, *items[k + 1 :]]
+        assert open_images(Items(other)).fingerprint() != first
+
+
+def test_the_fingerprint_of_a_large_dataset_samples_all_of_it():
+    items = [torch.rand(3, 2, 2) for _ in range(1000)]
+    data = Items(items)
+    first = open_images(data, seed=3).fingerprint()
+    asked = sorted(set(data.asked))
+    assert len(asked) == 16
+    assert (asked[0], asked[-1]) == (0, 999)
+    assert max(b - a for a, b in itertools.pairwise(asked)) < 150
+    assert open_images(data, seed=3).fingerprint() == first
+    for k in (0, asked[7], 999):
+        other = [*items[:k], items[k] + 1, *items[k + 1 :]]
+        assert open_images(Items(other), seed=3).fingerprint() != first
 
 
 def test_items_of_two_kinds_are_refused():

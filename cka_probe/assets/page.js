@@ -86,6 +86,7 @@
   function linesOf(cell, row, column) {
     const table = cell.closest("table"), value = cell.dataset.c;
     const what = describe(table, row, column);
+    if (cell.className === "none") return [what, "one of the two views lacks this layer"];
     if (value === undefined) return [what, "nan: constant features", "or no variation above rounding"];
     if (table.id === "heatmap" && column === data.views[data.reference]) return [what, `CKA ${value}: the reference itself`];
     return [what, `CKA ${value}`, cell.dataset.i ? `${data.interval} ${cell.dataset.i}` : "no interval"];
