@@ -155,7 +155,7 @@ def batch_block(x: Tensor, kernel: Kernel) -> tuple[Tensor, float]:
             out = torch.sub(tile, mean, out=room) if tile.shape == room.shape else tile - mean
             _add_gram(gram, out)
             offset += float(torch.dot(mean, mean))
-        half = _half(n)
+        half = _half(n, x.device)
         gram[:half, half:] = gram[half:, :half].T
         squares = float(gram.trace())
         low, high = _SAFE_TRACE
@@ -236,14 +236,14 @@ def _empty_gram(n: int, device: torch.device) -> Tensor:
     return torch.zeros(n, n, dtype=torch.float64, device=home)
 
 
-def _half(n: int) -> int:
-    """Rows of the first block of a Gram of `n`: all, where halves would be too thin to be fast."""
-    return n // 2 if n >= _SPLIT_N else n
+def _half(n: int, device: torch.device) -> int:
+    """Rows of the first block of a Gram of `n`: all, where two smaller products are no faster."""
+    return n // 2 if n >= _SPLIT_N and device.type == "cpu" else n
 
 
 def _add_gram(gram: Tensor, x: Tensor) -> None:
     """Add x x' to the float64 `gram`, save for its upper right quarter, which mirrors another."""
-    half = _half(len(gram))
+    half = _half(len(gram), x.device)
     for rows in (slice(0, half), slice(half, len(gram))):
         if rows.start < rows.stop:
             block = matmul_t(x[rows.start :], x[rows])
@@ -279,7 +279,7 @@ def _distances_of_gram(g: Tensor) -> Tensor:
 
 
 def _rbf_finish(block: Tensor, sigma: float) -> Tensor:
-    return torch.exp(block * (-0.5 / sigma**2))
+    return (block * (-0.5 / sigma**2)).exp_()
 
 
 KERNELS: dict[str, Kernel] = {
@@ -342,4 +342,8 @@ def median_bandwidth(squared_distances: list[Tensor], fraction: float) -> float:
         rows, columns = d2.shape
         i, j = torch.triu_indices(rows, rows, offset=1, device=d2.device)
         upper += [d2[i, j].cpu().numpy(), d2[:, rows:columns].flatten().cpu().numpy()]
-    return float(fraction * np.sqrt(np.median(np.concatenate(upper))))
+    pairs = np.concatenate(upper)
+    half = len(pairs) // 2
+    pairs.partition(half)  # a sixth of the time of np.median, which selects three places
+    middle = pairs[half] if len(pairs) % 2 else (pairs[:half].max() + pairs[half]) / 2
+    return float(fraction * np.sqrt(middle))

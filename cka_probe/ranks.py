@@ -31,6 +31,7 @@ _TRANSFER = timedelta(seconds=30)  # of a collective that all have come to
 _PIECE = 2**22  # numbers of a collective: 32 MiB of float64
 _uses = 0  # groups that this process has joined: each has its own keys in the store
 _base: Any = None  # the store itself, once joined
+_speaks: bool | None = None  # after a failure in a group: whether this process was the first
 
 
 class LostRankError(RuntimeError):
@@ -255,6 +256,13 @@ class _Link:
                     f"{now - since:.0f} s: see its own output, then run again with --resume"
                 )
 
+    def claim(self) -> bool:
+        """Whether this process is the first that fails of itself."""
+        try:
+            return int(self.store.add("failures", 1)) == 1
+        except RuntimeError:  # the store has gone with the process that held it
+            return True
+
     def leave(self, *, failed: bool) -> None:
         """Stop beating; the process that holds the store goes last, so that all can hear of it."""
         self._over.set()
@@ -289,6 +297,8 @@ def may_speak() -> bool:
     """
     if not launched():
         return True
+    if _speaks is not None:
+        return _speaks
     if _base is None and not os.environ.get("TORCHELASTIC_USE_AGENT_STORE"):
         return os.environ.get("RANK", "0") == "0"
     try:
@@ -314,7 +324,7 @@ def started(device: torch.device, *, timeout: timedelta | None = _TRANSFER) -> I
     Raises:
         LostRankError: the others do not come.
     """
-    global _uses, _base
+    global _uses, _base, _speaks
     if dist.is_available() and dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size())
         return
@@ -335,7 +345,9 @@ def started(device: torch.device, *, timeout: timedelta | None = _TRANSFER) -> I
         )  # fmt: skip
     try:
         yield Ranks(rank, size, link)
-    except BaseException:
+    except BaseException as error:
+        if not getattr(error, "told", False):
+            _speaks = link.claim()
         link.leave(failed=True)
         raise
     else:

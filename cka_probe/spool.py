@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cka_probe.kernels import Kernel, centre_full, full_precision, work_dtype
+from cka_probe.kernels import Kernel, centre_full, full_precision, product, work_dtype
 
 
 class Spool:
@@ -130,7 +130,7 @@ class GramBlocks:
                     self._norms[i] += norms
                     spread += float(norms.sum())
                 if not centred.constant:
-                    part = (centred.x[rows] @ centred.x.T).double()
+                    part = product(centred.x[rows], centred.x)
                     gram += part.mul_(centred.scale**2)
             if self._file is not None:
                 self._file.seek(8 * self.n * (i * self.n + top))

@@ -24,7 +24,17 @@ from torch import nn
 from cka_probe import Report, probe
 from cka_probe.models import LoadedModel, load_model
 from cka_probe.plot import save_figure
-from msun import TrainConfig, build, calibrate, evaluate, load, recalibrated, suggest_split, train
+from msun import (
+    TrainConfig,
+    build,
+    calibrate,
+    evaluate,
+    load,
+    recalibrated,
+    subnet_costs,
+    suggest_split,
+    train,
+)
 from msun.cut import example_images, find_cuts
 from msun.model import MSUN
 from msun.plot import accuracy, pareto
@@ -107,7 +117,8 @@ def chosen_cut(task: Task, loaded: LoadedModel, images: Path, work: Path, name: 
             resume=True,
         )  # fmt: skip
     cuts = find_cuts(loaded.model, example_images(loaded.model, task.probed[-1]))
-    choice = suggest_split(Report.load(path), cuts)
+    costs = subnet_costs(loaded.model, cuts, task.scales)
+    choice = suggest_split(Report.load(path), cuts, costs=costs)
     choice.save(work / "split.json")
     choice.ranking.round(4).to_csv(HERE / "results" / f"tune_{name}_split.csv", index=False)
     save_figure(split_curve(choice), HERE / "figures" / f"tune_{name}_split.png", dpi=90)

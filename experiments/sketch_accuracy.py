@@ -70,6 +70,7 @@ def feed(model, source, sides, norm, batch_size, estimators):
         bar = stack.enter_context(progress_bar(len(source), desc="probe", unit="image"))
         for batch in batches(source, views, batch_size=batch_size, seed=0):
             work.take(batch, bar)
+            work.close(batch.index)
     return {name: estimator.result() for name, estimator in estimators.items()}
 
 

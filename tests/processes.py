@@ -116,6 +116,15 @@ PLACES = {
 }
 
 
+def end(job, status):
+    """As an interpreter ends, which takes seconds, where the job asks for it; else at once."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if job.get("ends_fully"):
+        sys.exit(status)
+    os._exit(status)
+
+
 def work(job, rank):
     """What one process of a job does."""
     out = Path(job["out"])
@@ -129,9 +138,7 @@ def work(job, rank):
         for name, number in (("out", 1), ("err", 2)):
             os.dup2(os.open(out / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT), number)
         status = main(job.get("of_rank", {}).get(str(rank), job["cli"]))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        end(job, status)
     try:
         options = {**job["probe"], **job.get("of_rank", {}).get(str(rank), {})}
         with ranks.started(torch.device("cpu")) as mine:
@@ -141,8 +148,8 @@ def work(job, rank):
         (out / f"{rank}.said").write_text("\n".join(said))
     except Exception as error:
         (out / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
-        os._exit(1)
-    os._exit(0)
+        end(job, 1)
+    end(job, 0)
 
 
 def fork(jobs):

@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from cka_probe import gemm
+from cka_probe.hsic import centre_gram
 from cka_probe.kernels import (
     KERNELS,
     SMALL_N,
@@ -50,6 +52,35 @@ def test_mean_over_chunks_is_the_mean():
     expected = x.double() - x.double().mean(0)
     assert (out.x.double() * out.scale - expected).abs().max() < 1e-3
     assert (out.x.double().mean(0) * out.scale).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("shape", [(64, 5000), (65, 40000), (33, 9), (130, 70000)])
+def test_batch_block_is_the_gram_of_centred_features_by_either_library(onednn, shape, monkeypatch):
+    if not onednn:
+        monkeypatch.setattr(gemm, "_onednn", lambda: None)
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) + 3
+    centred = x.double() - x.double().mean(0)
+    with torch.no_grad():
+        block, _ = batch_block(x, get_kernel("linear"))
+    expected = centred @ centred.T  # up to an offset a column, which centring the Gram takes away
+    assert (centre_gram(block) - expected).abs().max() < 3e-6 * expected.trace() / len(x)
+    assert (block - block.T).abs().max() < 1e-6 * block.abs().max()
+
+
+def test_the_product_keeps_its_gradient_and_its_dtype():
+    a, b = torch.randn(64, 2000, requires_grad=True), torch.randn(64, 2000)
+    assert gemm.matmul_t(a, b).requires_grad
+    with torch.no_grad():
+        assert gemm.matmul_t(a.double(), b.double()).dtype == torch.float64
+        assert torch.allclose(gemm.matmul_t(a, b), a @ b.T, atol=1e-3)
+
+
+def test_the_upper_half_is_enough_for_the_median():
+    x = torch.randn(37, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    d2 = torch.cdist(x, x).square()
+    parts = [d2[top : top + 10, top:] for top in range(0, 37, 10)]
+    assert median_bandwidth(parts, 1.0) == median_bandwidth([d2], 1.0)
 
 
 def test_median_bandwidth_is_the_median_of_all_pairs():

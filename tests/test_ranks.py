@@ -38,7 +38,7 @@ DEATHS = {
     "dies-exact": {"faults": [[1, "kill", 5, 0]], "probe": {"estimator": "exact"}},
 }
 OTHERS = {
-    "fails": {"faults": [[1, "fail", 5, 0]]},
+    "fails": {"faults": [[1, "fail", 5, 0]], "ends_fully": True},
     "slow": {"faults": [[1, "sleep", 5, 3.0]]},  # longer than silence is allowed to last
     "other-network": {"of_rank": {"1": {"extra": 1.0}}},
     "other-option": {"of_rank": {"1": {"seed": 1}}},
@@ -103,6 +103,8 @@ def test_several_processes_equal_one(done, alone, cases, name, size):
         got = Report.load(folder / f"{rank}.npz")
         np.testing.assert_allclose(got.cka, want.cka, rtol=0, atol=limit)
         np.testing.assert_allclose(got.stderr, want.stderr, rtol=0, atol=limit)
+        for meta in (want.meta, got.meta):
+            meta["versions"].pop("timm", None)  # named where it was imported, as here by others
         differ = {k for k in want.meta if want.meta[k] != got.meta[k]}
         assert differ <= {"seconds", "processes", "estimator_why"}
         assert got.meta["processes"] == size
@@ -139,7 +141,7 @@ def test_an_error_of_one_ends_the_others_which_leave_it_to_speak(done):
     assert "bad luck" in (folder / "1.txt").read_text()
     for rank in (0, 2):
         assert "LostRankError: another process failed" in (folder / f"{rank}.txt").read_text()
-    assert seconds < 10
+    assert seconds < 40
 
 
 def test_a_slow_process_is_waited_for(done, alone):
