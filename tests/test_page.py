@@ -319,6 +319,8 @@ def test_the_page_of_a_real_run_equals_its_report(browser, tmp_path):
     wanted = expected(report, lambda what: report.against(what=what))
     assert tab.evaluate(READ, "heatmap") == wanted
     assert tab.locator(".lead").inner_text() == lead(report)
+    for part in (".lead", ".remark", ".limits"):  # side by side, not squeezed
+        assert tab.locator(part).first.bounding_box()["width"] > 250
     for rows, columns in (("8", "16"), ("16", "16"), ("8", "8")):
         tab.select_option("#rows", label=rows)
         tab.select_option("#columns", label=columns)
