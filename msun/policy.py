@@ -22,8 +22,10 @@ class Policy:
     Attributes:
         subnets: "own", each scale has a copy of the head with its own weights, or "shared", the
             head itself with other strides.
-        merge: the grid that the trunk runs at: "full", always the reference scale's, or "follow",
-            half of that for inputs up to 4/7 of the reference side, else the input's own.
+        merge: the grid that the trunk runs at: "full", always the reference scale's; "follow",
+            half of that for inputs up to 4/7 of the reference side, else the input's own; or
+            "native", always the input's own, so that no stride is taken out: with shared subnets
+            and private norms that is RS-Net (Wang et al. 2020).
         norm: batch norms that several scales use: one "shared" by all, or one "private" to each.
         routing: "ceil", the smallest scale that is not below the input, else the largest, or
             "nearest" in log ratio, ties to the larger.
@@ -60,7 +62,7 @@ class Policy:
 
 _VALUES: dict[str, tuple[object, ...]] = {
     "subnets": ("own", "shared"),
-    "merge": ("full", "follow"),
+    "merge": ("full", "follow", "native"),
     "norm": ("shared", "private"),
     "routing": ("ceil", "nearest"),
     "antialias": (True, False),
@@ -167,7 +169,8 @@ def merge_grid(
     """
     if policy.merge == "full":
         return _shaped(full, h, w)
-    if scale != reference and 49 * h * w <= 16 * reference**2:  # sqrt(h w) <= 4/7 reference
+    small = scale != reference and 49 * h * w <= 16 * reference**2  # sqrt(h w) <= 4/7 reference
+    if policy.merge == "follow" and small:
         return _shaped((full[0] / 2, full[1] / 2), h, w)
     return native()
 

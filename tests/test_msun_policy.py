@@ -66,6 +66,12 @@ def test_lean_follows_the_input():
     assert grid(lean, 64, 16) == (56, 14)
 
 
+def test_native_takes_every_image_on_its_own_grid():
+    native = Policy(merge="native")
+    assert [grid(native, s) for s in (8, 64, 128, 224)] == [(2, 2), (16, 16), (32, 32), (56, 56)]
+    assert grid(native, 64, 16) == (16, 4)
+
+
 def test_a_grid_never_vanishes():
     assert min(grid(POLICIES["paper"], 1, 100000)) == 1
 
