@@ -172,23 +172,27 @@ class _Batches(Dataset[Any]):
         """Load each image once, crop it once, resize the crop to every scale."""
         crops, rows = self.crops, self.rows[k]
         if (stacked := crops.data.stacked(rows)) is not None:
+            if crops.augment is None:  # no two crops differ: all images in one resize a scale
+                looks = self._look(stacked[0], self.uniform[0])
+                channels = stacked[0].shape[1]
+                return {s: x.expand(-1, channels, -1, -1) for s, x in looks.items()}, stacked[1]
             images, labels = list(stacked[0]), stacked[1]
         else:
             loaded = [crops.data.load(i, self.epoch) for i in rows]
             images = [image for image, _ in loaded]
             labels = torch.tensor([label for _, label in loaded])
-        looks: dict[int, list[Tensor]] = {side: [] for side in crops.scales}
+        each: dict[int, list[Tensor]] = {side: [] for side in crops.scales}
         for i, image in zip(rows, images, strict=True):
             for side, out in self._look(image, self.uniform[i]).items():
-                looks[side].append(out)
+                each[side].append(out)
         channels = images[0].shape[0]
-        return {s: torch.stack(x).expand(-1, channels, -1, -1) for s, x in looks.items()}, labels
+        return {s: torch.stack(x).expand(-1, channels, -1, -1) for s, x in each.items()}, labels
 
     def _look(self, image: Tensor, u: NDArray[np.float64]) -> dict[int, Tensor]:
-        """One image at every scale, normalised; one channel where all share their memory."""
+        """Images (..., c, h, w) at every scale, normalised; one channel where all share memory."""
         crops = self.crops
-        if image.stride(0) == 0 and crops.mean is None:  # grey: resized once
-            image = image[:1]
+        if image.stride(-3) == 0 and crops.mean is None:  # grey: resized once
+            image = image[..., :1, :, :]
         if crops.augment is None:
             return {side: View(side, None, True, *self.normal)(image) for side in crops.scales}
         crop, finish = crops.augment(image, u), View(None, None, True, *self.normal)

@@ -80,22 +80,25 @@ def test_memory_and_dataset_give_the_same():
     images, labels = torch.rand(5, 3, 16, 16), torch.tensor([0, 1, 0, 1, 0])
     stacked, listed = open_labelled((images, labels)), open_labelled(TensorDataset(images, labels))
     assert listed.stacked([0]) is None
-    got = batches(stacked, (4, 8), Augment(), rows=[[4, 2]])
-    want = batches(listed, (4, 8), Augment(), rows=[[4, 2]])
-    for (a, x), (b, y) in zip(got, want, strict=True):
-        assert torch.equal(a[4], b[4])
-        assert torch.equal(a[8], b[8])
-        assert torch.equal(x, y)
+    normal = ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    for how in ((Augment(),), (None,), (Augment(), *normal), (None, *normal)):
+        got = batches(stacked, (4, 8), *how, rows=[[4, 2]])
+        want = batches(listed, (4, 8), *how, rows=[[4, 2]])
+        for (a, x), (b, y) in zip(got, want, strict=True):
+            assert torch.equal(a[4], b[4])
+            assert torch.equal(a[8], b[8])
+            assert torch.equal(x, y)
 
 
 def test_grey_glyphs_are_resized_once_and_equal_to_three_channels():
     data = open_labelled("glyphs", n_images=62)
-    ((looks, _),) = batches(data, (16, 64), augmentation("auto", data), rows=[[1, 40]])
     whole = open_labelled((data.stacked(range(62))[0].contiguous(), data.stacked(range(62))[1]))
-    ((want, _),) = batches(whole, (16, 64), augmentation("auto", whole), rows=[[1, 40]])
-    assert looks[16].shape == (2, 3, 16, 16)
-    for side in (16, 64):
-        assert torch.equal(looks[side], want[side])
+    for how in (augmentation("auto", data), None):
+        ((looks, _),) = batches(data, (16, 64), how, rows=[[1, 40]])
+        ((want, _),) = batches(whole, (16, 64), how, rows=[[1, 40]])
+        assert looks[16].shape == (2, 3, 16, 16)
+        for side in (16, 64):
+            assert torch.equal(looks[side], want[side])
 
 
 @pytest.fixture
