@@ -1,0 +1,138 @@
+"""The arms: how each is built from the same backbone, how it is trained, how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from experiments.scales.nets import backbone
+from experiments.scales.tasks import Task
+from msun import MSUN, build
+
+__all__ = ["ARMS", "READINGS", "Arm", "made", "step_macs"]
+
+_STOCK = {"subnets": "shared", "merge": "native"}  # the backbone itself, at every size
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training one network.
+
+    Attributes:
+        about: in words.
+        choices: of `msun.build`.
+        scales: "all", "largest", or one side in pixels.
+        enlarge: small images first: "no", "lean" (to `Task.least`) or "full".
+        constraint: of the training; None is the policy's.
+        distill: weight of ensemble distillation.
+        rate_of: the arm whose learning rate it takes: its family is tuned as one.
+        readings: label -> how the trained network is measured (see `READINGS`); the first decides
+            what is chosen on validation.
+        paces: the arm whose number of steps it takes, instead of equal MACs.
+    """
+
+    about: str
+    choices: Mapping[str, str] = field(default_factory=dict)
+    scales: str | int = "all"
+    enlarge: str = "no"
+    constraint: str | None = "none"
+    distill: float = 0.0
+    rate_of: str = ""
+    readings: Mapping[str, str] = field(default_factory=dict)
+    paces: str = ""
+
+
+# How a trained network is measured:
+#   plain         as it is; sizes between the scales use the statistics of the nearest
+#   calibrated    statistics re-estimated for sizes that were not trained
+#   recalibrated  statistics re-estimated for every size
+#   upsampled     images enlarged to the reference
+#   upsampled, recalibrated   both
+READINGS = ("plain", "calibrated", "recalibrated", "upsampled", "upsampled, recalibrated")
+
+ARMS: dict[str, Arm] = {
+    "single": Arm(
+        "one scale, the largest", scales="largest", rate_of="single",
+        readings={"a": "upsampled", "a+bn": "upsampled, recalibrated", "b": "plain",
+                  "b+bn": "recalibrated"},
+    ),
+    "single, lean's steps": Arm(
+        "(a) at equal epochs", scales="largest", rate_of="single", paces="lean",
+        readings={"a=epochs": "upsampled"},
+    ),
+    "c1": Arm(
+        "multi-scale, all enlarged to full", {**_STOCK, "norm": "shared"}, enlarge="full",
+        rate_of="c2", readings={"c1+bn": "recalibrated", "c1": "plain"},
+    ),
+    "c2": Arm(
+        "multi-scale native, shared BN", {**_STOCK, "norm": "shared"}, rate_of="c2",
+        readings={"c3": "recalibrated", "c2": "plain"},
+    ),
+    "d1": Arm("private BN", {**_STOCK, "norm": "private"}, rate_of="d1",
+              readings={"d1": "calibrated"}),
+    "d2": Arm("private BN + distillation", {**_STOCK, "norm": "private"}, distill=1.0,
+              rate_of="d1", readings={"d2": "calibrated"}),
+    "d3": Arm("private BN, small images enlarged to lean's MACs", {**_STOCK, "norm": "private"},
+              enlarge="lean", rate_of="g", readings={"d3": "calibrated"}),
+    "d3+kd": Arm("d3 + distillation", {**_STOCK, "norm": "private"}, enlarge="lean", distill=1.0,
+                 rate_of="g", readings={"d3+kd": "calibrated"}),
+    "g": Arm("private BN, one head whose stride follows the scale", {"subnets": "shared"},
+             rate_of="g", readings={"g": "calibrated"}),
+    "g+kd": Arm("g + distillation", {"subnets": "shared"}, distill=1.0, rate_of="g",
+                readings={"g+kd": "calibrated"}),
+    "own": Arm("lean without its constraint", rate_of="g", readings={"own": "calibrated"}),
+    "lean": Arm("MSUN lean", constraint=None, rate_of="g", readings={"lean": "calibrated"}),
+    "own+kd": Arm("lean, distillation instead of the constraint", distill=1.0, rate_of="g",
+                  readings={"own+kd": "calibrated"}),
+    "lean+kd": Arm("MSUN lean + distillation", constraint=None, distill=1.0, rate_of="g",
+                   readings={"lean+kd": "calibrated"}),
+    "own, shared bn": Arm("own subnets, one BN in the trunk", {"norm": "shared"}, rate_of="g",
+                          readings={"own, shared bn+bn": "recalibrated",
+                                    "own, shared bn": "plain"}),
+    "own, full": Arm("own subnets, private BN, trunk always at the full grid", {"merge": "full"},
+                     rate_of="paper", readings={"own, full": "calibrated"}),
+    "paper, free": Arm("MSUN paper without its constraint", {"preset": "paper"}, rate_of="paper",
+                       readings={"paper, free+bn": "recalibrated", "paper, free": "plain"}),
+    "paper": Arm("MSUN paper", {"preset": "paper"}, constraint=None, rate_of="paper",
+                 readings={"paper+bn": "recalibrated", "paper": "plain"}),
+    "line small": Arm("a network for the smallest scale alone, enlarged as d3", scales=0,
+                      enlarge="lean", rate_of="single", readings={"line small": "plain"}),
+    "line middle": Arm("a network for the middle scale alone", scales=1, enlarge="lean",
+                       rate_of="single", readings={"line middle": "plain"}),
+}  # fmt: skip
+
+
+def made(arm: Arm, task: Task, net: str, *, at: str, seed: int, enlarge: str | None = None) -> MSUN:
+    """The untrained network of an arm; the backbone's weights follow from the seed alone.
+
+    Args:
+        arm: which.
+        task: gives scales, channels and classes.
+        net: the backbone's name.
+        at: the cut.
+        seed: of the weights.
+        enlarge: in place of the arm's own.
+    """
+    scales = trained(arm, task)
+    least = {"no": 0, "lean": task.least, "full": task.reference}[enlarge or arm.enlarge]
+    plain: nn.Module = backbone(
+        net, channels=task.channels, classes=task.classes, reference=task.reference,
+        strides=task.strides, least=least, seed=seed,
+    )  # fmt: skip
+    plain = plain.to(memory_format=torch.channels_last)  # faster on a CPU
+    return build(plain, at, scales, **arm.choices)  # type: ignore[arg-type]
+
+
+def trained(arm: Arm, task: Task) -> tuple[int, ...]:
+    """The sides that an arm is trained at, in pixels."""
+    if arm.scales == "all":
+        return task.scales
+    return (task.reference,) if arm.scales == "largest" else (task.scales[int(arm.scales)],)
+
+
+def step_macs(net: MSUN) -> int:
+    """Forward MACs of one image in one step of training: each scale once."""
+    return sum(net.macs(side) for side in net.scales)

@@ -1,0 +1,123 @@
+"""What is to be run, in the order of what it decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from experiments.scales.arms import ARMS, Arm
+
+__all__ = ["BATCH", "CUT", "RATES", "Run", "manifest", "rate_runs"]
+
+BATCH = 64
+CUT = "layer1"  # stem and first stage, as the paper cuts ResNet-50
+UNIT = 300_000  # images of the single-scale network: a budget of 1
+RATES = (0.05, 0.1, 0.2)
+RATE_BUDGET = 0.25
+FAMILIES = ("single", "c2", "d1", "g", "paper")
+HEADLINE = ("lean", "paper", "g", "d3", "c2", "single", "line small", "line middle", "lean+kd",
+            "d3+kd", "g+kd")  # fmt: skip
+FIRST = ("lean", "g", "d3", "single", "paper", "c2", "own", "d1", "lean+kd", "g+kd", "d3+kd",
+         "own+kd", "d2", "paper, free", "c1", "own, full", "own, shared bn",
+         "single, lean's steps")  # fmt: skip
+LINE = ("line small", "line middle")
+ON_CIFAR = ("lean", "d3", "g", "paper", "c2", "d1", "single", "single, lean's steps", *LINE)
+CUTS = {
+    "residual": ("stem", "layer1", "layer2", "layer3"),
+    "depthwise": ("stem", "layer1", "layer2", "layer3"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training, and all that is read from it.
+
+    Attributes:
+        task: "glyphs" or "cifar10".
+        net: "residual" or "depthwise".
+        arm: a name in `ARMS`.
+        seed: of weights, order and crops.
+        budget: training MACs, in those of 300,000 images through the single-scale network.
+        cut: where the head ends.
+        lr: of a run that chooses the rate; None takes the chosen one.
+        tested: whether the test images are read, or those for validation alone.
+    """
+
+    task: str
+    net: str
+    arm: str
+    seed: int
+    budget: float = 1.0
+    cut: str = CUT
+    lr: float | None = None
+    tested: bool = True
+
+    @property
+    def spec(self) -> Arm:
+        """The arm itself."""
+        return ARMS[self.arm]
+
+    @property
+    def key(self) -> str:
+        """Names the run in the ledger and its folder."""
+        arm = self.arm.replace(",", "").replace("'", "").replace(" ", "-")
+        key = f"{self.task}_{self.net}_{arm}_s{self.seed}_b{self.budget:g}_{self.cut}"
+        return key if self.lr is None else f"{key}_lr{self.lr:g}"
+
+
+def rate_runs(task: str, net: str, family: str) -> list[Run]:
+    """The short runs that choose a family's learning rate on validation."""
+    return [Run(task, net, family, 0, RATE_BUDGET, lr=lr, tested=False) for lr in RATES]
+
+
+def manifest() -> Iterator[Run]:
+    """Every run, the most telling first; each is preceded by what its learning rate needs."""
+    seen: set[Run] = set()
+    for run in _ordered():
+        needed = rate_runs(run.task, run.net, run.spec.rate_of)
+        for one in (*needed, run):
+            if one not in seen:
+                seen.add(one)
+                yield one
+
+
+def _ordered() -> Iterator[Run]:
+    for arm in FIRST:
+        yield Run("glyphs", "residual", arm, 0)
+    yield Run("glyphs", "residual", "single", 0, budget=2.0)
+    for arm in LINE:
+        yield Run("glyphs", "residual", arm, 0)
+        yield Run("glyphs", "residual", arm, 0, budget=2.0)
+    for seed in (1, 2):
+        for arm in HEADLINE:
+            yield Run("glyphs", "residual", arm, seed)
+    for arm in (*FIRST, *LINE):
+        yield Run("glyphs", "depthwise", arm, 0)
+    for net in ("residual", "depthwise"):
+        for cut in CUTS[net]:
+            yield Run("glyphs", net, "lean", 0, cut=cut)
+    for arm in ON_CIFAR:
+        yield Run("cifar10", "residual", arm, 0)
+    for seed in (1, 2):
+        for net in ("residual", "depthwise"):
+            for cut in CUTS[net]:
+                yield Run("glyphs", net, "lean", seed, cut=cut)
+    for seed in (1, 2):
+        for arm in HEADLINE:
+            yield Run("glyphs", "depthwise", arm, seed)
+        for arm in ON_CIFAR:
+            yield Run("cifar10", "residual", arm, seed)
+    for cut in CUTS["residual"]:
+        for seed in (0, 1, 2):
+            yield Run("cifar10", "residual", "lean", seed, cut=cut)
+    for arm in ON_CIFAR:
+        yield Run("cifar10", "depthwise", arm, 0)
+    for cut in CUTS["depthwise"]:
+        for seed in (0, 1, 2):
+            yield Run("cifar10", "depthwise", "lean", seed, cut=cut)
+    for arm in FIRST:
+        for seed in (1, 2):
+            yield Run("glyphs", "residual", arm, seed)
+    for seed in (3, 4):
+        for arm in HEADLINE:
+            yield Run("glyphs", "residual", arm, seed)
