@@ -16,7 +16,7 @@ from torch import nn
 
 from experiments.scales.arms import ARMS, Arm, made, step_macs
 from experiments.scales.ledger import Ledger
-from experiments.scales.manifest import BATCH, RATE_BUDGET, RATES, UNIT, Run
+from experiments.scales.manifest import BATCH, RATE_BUDGET, UNIT, Run, rates
 from experiments.scales.stats import paired
 from experiments.scales.tasks import Held, Task, held
 from msun import TrainConfig, calibrate, evaluate, recalibrated, train
@@ -75,14 +75,15 @@ class Bench:
             return run.lr
         frame = self.ledger.read("runs")
         family = run.spec.rate_of
+        grid = rates(ARMS[family])
         label = next(iter(ARMS[family].readings))
         mine = frame[
             (frame["task"] == run.task) & (frame["net"] == run.net) & (frame["run"] == family)
             & (frame["arm"] == label) & (frame["split"] == "val") & (frame["seed"] == 0)
-            & (frame["budget"] == RATE_BUDGET) & frame["lr"].isin(RATES)
+            & (frame["budget"] == RATE_BUDGET) & frame["lr"].isin(grid)
         ]  # fmt: skip
         means = mine.groupby("lr")["top1"].mean()
-        if len(means) < len(RATES):
+        if len(means) < len(grid):
             raise ValueError(f"no learning rate yet for the family {family!r}: run the grid first")
         return float(means.idxmax())
 

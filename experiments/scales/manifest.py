@@ -7,17 +7,16 @@ from dataclasses import dataclass
 
 from experiments.scales.arms import ARMS, Arm
 
-__all__ = ["BATCH", "CUT", "RATES", "Run", "manifest", "rate_runs"]
+__all__ = ["BATCH", "CUT", "RATES", "Run", "manifest", "rate_runs", "rates"]
 
-BATCH = 64
+BATCH = 32
 CUT = "layer1"  # stem and first stage, as the paper cuts ResNet-50
-UNIT = 300_000  # images of the single-scale network: a budget of 1
-RATES = (0.05, 0.1, 0.2)
+UNIT = 240_000  # images of the single-scale network: a budget of 1, 12 epochs of 20,000
+RATES = (0.075, 0.15, 0.3)  # over the number of scales: the loss is a sum over them
 RATE_BUDGET = 0.25
-FAMILIES = ("single", "c2", "d1", "g", "paper")
 HEADLINE = ("lean", "paper", "g", "d3", "c2", "single", "line small", "line middle", "lean+kd",
             "d3+kd", "g+kd")  # fmt: skip
-FIRST = ("lean", "g", "d3", "single", "paper", "c2", "own", "d1", "lean+kd", "g+kd", "d3+kd",
+FIRST = ("lean", "g", "d3", "paper", "c2", "single", "own", "lean+kd", "d3+kd", "g+kd", "d1",
          "own+kd", "d2", "paper, free", "c1", "own, full", "own, shared bn",
          "single, lean's steps")  # fmt: skip
 LINE = ("line small", "line middle")
@@ -37,7 +36,7 @@ class Run:
         net: "residual" or "depthwise".
         arm: a name in `ARMS`.
         seed: of weights, order and crops.
-        budget: training MACs, in those of 300,000 images through the single-scale network.
+        budget: training MACs, in those of 240,000 images through the single-scale network.
         cut: where the head ends.
         lr: of a run that chooses the rate; None takes the chosen one.
         tested: whether the test images are read, or those for validation alone.
@@ -65,9 +64,15 @@ class Run:
         return key if self.lr is None else f"{key}_lr{self.lr:g}"
 
 
+def rates(arm: Arm) -> tuple[float, ...]:
+    """The learning rates among which an arm's is chosen."""
+    return tuple(round(lr / (3 if arm.scales == "all" else 1), 3) for lr in RATES)
+
+
 def rate_runs(task: str, net: str, family: str) -> list[Run]:
     """The short runs that choose a family's learning rate on validation."""
-    return [Run(task, net, family, 0, RATE_BUDGET, lr=lr, tested=False) for lr in RATES]
+    grid = rates(ARMS[family])
+    return [Run(task, net, family, 0, RATE_BUDGET, lr=lr, tested=False) for lr in grid]
 
 
 def manifest() -> Iterator[Run]:
