@@ -12,7 +12,7 @@ from experiments.scales.nets import backbone
 from experiments.scales.tasks import Task
 from msun import MSUN, build
 
-__all__ = ["ARMS", "READINGS", "Arm", "made", "step_macs"]
+__all__ = ["ARMS", "PAIRS", "READINGS", "Arm", "made", "plain_net", "step_macs"]
 
 _STOCK = {"subnets": "shared", "merge": "native"}  # the backbone itself, at every size
 
@@ -71,6 +71,11 @@ ARMS: dict[str, Arm] = {
         "multi-scale native, shared BN", {**_STOCK, "norm": "shared"}, rate_of="c2",
         readings={"c3": "recalibrated", "c2": "plain"},
     ),
+    "c2, enlarged": Arm(
+        "multi-scale, small images enlarged to lean's MACs, shared BN",
+        {**_STOCK, "norm": "shared"}, enlarge="lean", rate_of="c2",
+        readings={"c3, enlarged": "recalibrated"},
+    ),
     "d1": Arm("private BN", {**_STOCK, "norm": "private"}, rate_of="g",
               readings={"d1": "calibrated"}),
     "d2": Arm("private BN + distillation", {**_STOCK, "norm": "private"}, distill=1.0,
@@ -104,6 +109,25 @@ ARMS: dict[str, Arm] = {
                        rate_of="single", readings={"line middle": "plain"}),
 }  # fmt: skip
 
+# The comparisons that are made, arm - other, on the same images by the same seed.
+_ASKED: dict[str, tuple[str, ...]] = {
+    "lean": ("paper", "paper+bn", "c3", "c3, enlarged", "d1", "d2", "d3", "d3+kd", "g", "g+kd",
+             "own", "a", "a+bn", "a=epochs", "c1+bn", "line small", "line middle"),
+    "lean+kd": ("lean", "g+kd", "d3+kd", "d2", "c3", "paper+bn", "own+kd", "a"),
+    "own": ("g", "own, full", "own, shared bn+bn"),
+    "own+kd": ("own",),
+    "g": ("d1", "d3", "c3", "paper+bn", "a"),
+    "g+kd": ("g", "d3+kd"),
+    "d3": ("c3", "c3, enlarged", "d1"),
+    "d3+kd": ("d3",),
+    "d2": ("d1",),
+    "d1": ("c3",),
+    "c3": ("c2", "c1+bn"),
+    "paper+bn": ("paper", "paper, free+bn", "own, full"),
+    "a+bn": ("a",),
+}  # fmt: skip
+PAIRS = frozenset((arm, other) for arm, others in _ASKED.items() for other in others)
+
 
 def made(arm: Arm, task: Task, net: str, *, at: str, seed: int, enlarge: str | None = None) -> MSUN:
     """The untrained network of an arm; the backbone's weights follow from the seed alone.
@@ -116,14 +140,20 @@ def made(arm: Arm, task: Task, net: str, *, at: str, seed: int, enlarge: str | N
         seed: of the weights.
         enlarge: in place of the arm's own.
     """
-    scales = trained(arm, task)
+    plain = plain_net(arm, task, net, seed=seed, enlarge=enlarge)
+    return build(plain, at, trained(arm, task), **arm.choices)  # type: ignore[arg-type]
+
+
+def plain_net(
+    arm: Arm, task: Task, net: str, *, seed: int, enlarge: str | None = None
+) -> nn.Sequential:
+    """The backbone of an arm, untrained."""
     least = {"no": 0, "lean": task.least, "full": task.reference}[enlarge or arm.enlarge]
-    plain: nn.Module = backbone(
+    plain = backbone(
         net, channels=task.channels, classes=task.classes, reference=task.reference,
         strides=task.strides, least=least, seed=seed,
     )  # fmt: skip
-    plain = plain.to(memory_format=torch.channels_last)  # faster on a CPU
-    return build(plain, at, scales, **arm.choices)  # type: ignore[arg-type]
+    return plain.to(memory_format=torch.channels_last)  # faster on a CPU
 
 
 def trained(arm: Arm, task: Task) -> tuple[int, ...]:

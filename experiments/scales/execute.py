@@ -14,9 +14,10 @@ import pandas as pd
 import torch
 from torch import nn
 
-from experiments.scales.arms import ARMS, Arm, made, step_macs
+from experiments.scales.arms import ARMS, PAIRS, Arm, made, step_macs
 from experiments.scales.ledger import Ledger
 from experiments.scales.manifest import BATCH, RATE_BUDGET, UNIT, Run, rates
+from experiments.scales.split import choices
 from experiments.scales.stats import paired
 from experiments.scales.tasks import Held, Task, held
 from msun import TrainConfig, calibrate, evaluate, recalibrated, train
@@ -25,7 +26,6 @@ from msun.scores import Predictions
 
 __all__ = ["Bench", "steps_of"]
 
-FOCUS = ("lean", "lean+kd", "g", "d3", "own")  # differences of all others from these are kept
 RE_ESTIMATED_ON = 512  # training images, for the statistics of each size
 
 
@@ -122,6 +122,8 @@ class Bench:
         self.ledger.add("runs", rows)
         if run.tested and run.budget == 1:
             self.ledger.add("pairs", list(self._pairs(run)))
+        if run.arm == "single" and run.tested and run.budget == 1:
+            self.ledger.add("splits", choices(run, task, images, folder / "model.pt"))
         took = time.process_time() - began
         seen = [r["top1"] for r in rows if r["arm"] == next(iter(arm.readings))]
         self.say(f"{run.key}: {took:.0f} core s, {spent:.0f} of them training, "
@@ -180,8 +182,7 @@ class Bench:
         base = {name: getattr(run, name) for name in ("task", "net", "cut", "budget", "seed")}
         mine = self.work / "runs" / run.key
         for (arm, folder), (other, rival) in product(here, here):
-            focal = arm in FOCUS and other not in FOCUS[: FOCUS.index(arm) + 1]
-            if focal and mine in (folder, rival):
+            if (arm, other) in PAIRS and mine in (folder, rival):
                 a, b = predictions(folder, arm, "test"), predictions(rival, other, "test")
                 if a.exists() and b.exists():
                     for row in paired(Predictions.load(a), Predictions.load(b)):

@@ -25,6 +25,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     # one row a pair of readings of one seed and a size: arm - other on the same images
     "pairs": ("task", "net", "cut", "budget", "seed", "arm", "other", "view", "n", "diff",
               "image_var"),
+    # one row a rule and candidate cut, from a probe of the single-scale network
+    "splits": ("task", "net", "seed", "rule", "layer", "cka", "score", "place", "clear"),
 }  # fmt: skip
 RUNS = "runs"
 

@@ -16,8 +16,8 @@ RATES = (0.075, 0.15, 0.3)  # over the number of scales: the loss is a sum over 
 RATE_BUDGET = 0.25
 HEADLINE = ("lean", "paper", "g", "d3", "c2", "single", "line small", "line middle", "lean+kd",
             "d3+kd", "g+kd")  # fmt: skip
-FIRST = ("lean", "g", "d3", "paper", "c2", "single", "own", "lean+kd", "d3+kd", "g+kd", "d1",
-         "own+kd", "d2", "paper, free", "c1", "own, full", "own, shared bn",
+FIRST = ("lean", "g", "d3", "paper", "c2", "single", "own", "c2, enlarged", "lean+kd", "d3+kd",
+         "g+kd", "d1", "own+kd", "d2", "paper, free", "c1", "own, full", "own, shared bn",
          "single, lean's steps")  # fmt: skip
 LINE = ("line small", "line middle")
 ON_CIFAR = ("lean", "d3", "g", "paper", "c2", "d1", "single", "single, lean's steps", *LINE)
