@@ -4,6 +4,7 @@ What is random depends on (seed, epoch, image) alone: not on the batch, the work
 random state, so that a run that was stopped goes on exactly.
 """
 
+from collections import defaultdict
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -172,31 +173,36 @@ class _Batches(Dataset[Any]):
         """Load each image once, crop it once, resize the crop to every scale."""
         crops, rows = self.crops, self.rows[k]
         if (stacked := crops.data.stacked(rows)) is not None:
-            if crops.augment is None:  # no two crops differ: all images in one resize a scale
-                looks = self._look(stacked[0], self.uniform[0])
-                channels = stacked[0].shape[1]
-                return {s: x.expand(-1, channels, -1, -1) for s, x in looks.items()}, stacked[1]
             images, labels = list(stacked[0]), stacked[1]
         else:
             loaded = [crops.data.load(i, self.epoch) for i in rows]
             images = [image for image, _ in loaded]
             labels = torch.tensor([label for _, label in loaded])
-        each: dict[int, list[Tensor]] = {side: [] for side in crops.scales}
-        for i, image in zip(rows, images, strict=True):
-            for side, out in self._look(image, self.uniform[i]).items():
-                each[side].append(out)
         channels = images[0].shape[0]
-        return {s: torch.stack(x).expand(-1, channels, -1, -1) for s, x in each.items()}, labels
+        if crops.mean is None and all(image.stride(0) == 0 for image in images):  # grey: once
+            images = [image[:1] for image in images]
+        if crops.augment is not None:
+            drawn = zip(rows, images, strict=True)
+            images = [crops.augment(image, self.uniform[i]) for i, image in drawn]
+        return {s: x.expand(-1, channels, -1, -1) for s, x in self._looks(images).items()}, labels
 
-    def _look(self, image: Tensor, u: NDArray[np.float64]) -> dict[int, Tensor]:
-        """Images (..., c, h, w) at every scale, normalised; one channel where all share memory."""
-        crops = self.crops
-        if image.stride(-3) == 0 and crops.mean is None:  # grey: resized once
-            image = image[..., :1, :, :]
-        if crops.augment is None:
-            return {side: View(side, None, True, *self.normal)(image) for side in crops.scales}
-        crop, finish = crops.augment(image, u), View(None, None, True, *self.normal)
-        return {side: finish(resize(crop, side)) for side in crops.scales}
+    def _looks(self, images: list[Tensor]) -> dict[int, Tensor]:
+        """Images or crops (c, h, w) at every scale, normalised; those of one shape all at once."""
+        crops, groups = self.crops, defaultdict[tuple[int, ...], list[int]](list)
+        for place, image in enumerate(images):
+            groups[tuple(image.shape)].append(place)
+        blocks = [torch.stack([images[k] for k in places]) for places in groups.values()]
+        back = torch.tensor([k for places in groups.values() for k in places]).argsort()
+        looks = {}
+        for side in crops.scales:
+            if crops.augment is None:
+                look = View(side, None, True, *self.normal)
+                parts = [look(block) for block in blocks]
+            else:
+                finish = View(None, None, True, *self.normal)
+                parts = [finish(resize(block, side)) for block in blocks]
+            looks[side] = parts[0] if len(parts) == 1 else torch.cat(parts)[back]
+        return looks
 
     def __getitem__(self, k: int) -> tuple[dict[int, Tensor], Tensor] | Exception:
         """In a worker: our errors travel as values, without a traceback in their message."""

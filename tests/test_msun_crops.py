@@ -90,6 +90,25 @@ def test_memory_and_dataset_give_the_same():
             assert torch.equal(x, y)
 
 
+def test_an_image_looks_the_same_alone_and_among_others():
+    from torch.utils.data import TensorDataset
+
+    torch.manual_seed(0)
+    many = torch.rand(12, 3, 20, 20)
+    many[3:6] = many[3:6, :1]  # grey, in memory of their own
+    labels = torch.arange(12) % 2
+    grey = [(x[:1].expand(3, -1, -1) if k in (0, 4) else x, int(y))
+            for k, (x, y) in enumerate(zip(many, labels, strict=True))]  # fmt: skip
+    many[0] = many[0, :1]
+    for data in ((many, labels), TensorDataset(many, labels), grey):
+        opened = open_labelled(data)
+        for how in (None, Augment(), Augment(area=(0.8, 1), ratio=(1, 1))):
+            ((whole, _),) = batches(opened, (8, 20), how, rows=[range(12)])
+            alone = batches(opened, (8, 20), how, rows=[[k] for k in range(12)])
+            for side in (8, 20):
+                assert torch.equal(whole[side], torch.cat([look[side] for look, _ in alone]))
+
+
 def test_grey_glyphs_are_resized_once_and_equal_to_three_channels():
     data = open_labelled("glyphs", n_images=62)
     whole = open_labelled((data.stacked(range(62))[0].contiguous(), data.stacked(range(62))[1]))
