@@ -65,8 +65,8 @@ class View:
             image: (c, h, w) or (n, c, h, w), float; 0..1 where it was decoded from pixels.
 
         Returns:
-            (..., c, side, side), or (..., c, h, w) where the view has no size. The same tensor, not a copy,
-            where there is nothing to do.
+            (..., c, side, side), or (..., c, h, w) where the view has no size. The same tensor, not
+            a copy, where there is nothing to do.
         """
         for side_px in (self.side_px, self.restore_px):
             if side_px is not None:

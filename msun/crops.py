@@ -21,7 +21,7 @@ from msun.data import Labelled
 
 __all__ = ["Augment", "Crops", "augmentation", "shuffled"]
 
-_ORDER, _CROPS = 0, 1  # streams of random numbers
+_ORDER, _CROPS, _SIDES = 0, 1, 2  # streams of random numbers
 _DRAWS = 5  # uniform numbers an image takes: area, ratio, top, left, flip
 
 
@@ -129,6 +129,8 @@ class Crops:
         mean: Channel means to normalise with; None normalises nothing.
         std: Channel standard deviations.
         seed: Of the crops.
+        served: For each scale the lowest and highest side that is resized to it: all crops of a
+            batch are first shrunk to one drawn from them, where it is below the scale. Empty: no.
     """
 
     data: Labelled
@@ -137,6 +139,7 @@ class Crops:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     seed: int = 0
+    served: tuple[tuple[int, int], ...] = ()
 
     def batches(
         self, rows: Sequence[Sequence[int]], *, epoch: int = 0, workers: int = 0
@@ -184,9 +187,19 @@ class _Batches(Dataset[Any]):
         if crops.augment is not None:
             drawn = zip(rows, images, strict=True)
             images = [crops.augment(image, self.uniform[i]) for i, image in drawn]
-        return {s: x.expand(-1, channels, -1, -1) for s, x in self._looks(images).items()}, labels
+        looks = self._looks(images, self._first(rows[0]))
+        return {s: x.expand(-1, channels, -1, -1) for s, x in looks.items()}, labels
 
-    def _looks(self, images: list[Tensor]) -> dict[int, Tensor]:
+    def _first(self, row: int) -> dict[int, int]:
+        """To what side the crops of a batch, known by its first image, shrink before a scale."""
+        crops = self.crops
+        u = np.random.default_rng([crops.seed, self.epoch, _SIDES, row]).random(len(crops.served))
+        drawn = {}
+        for side, (low, high), share in zip(crops.scales, crops.served, u, strict=False):
+            drawn[side] = min(side, int(low * ((high + 1) / low) ** share))
+        return drawn
+
+    def _looks(self, images: list[Tensor], first: dict[int, int]) -> dict[int, Tensor]:
         """Images or crops (c, h, w) at every scale, normalised; those of one shape all at once."""
         crops, groups = self.crops, defaultdict[tuple[int, ...], list[int]](list)
         for place, image in enumerate(images):
@@ -200,7 +213,8 @@ class _Batches(Dataset[Any]):
                 parts = [look(block) for block in blocks]
             else:
                 finish = View(None, None, True, *self.normal)
-                parts = [finish(resize(block, side)) for block in blocks]
+                small = [resize(b, first[side]) if side in first else b for b in blocks]
+                parts = [finish(resize(block, side)) for block in small]
             looks[side] = parts[0] if len(parts) == 1 else torch.cat(parts)[back]
         return looks
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 __all__ = ["POLICIES", "Policy", "check_scales", "merge_grid", "policy_of", "register", "route"]
+__all__ += ["served"]
 
 Grid = tuple[int, int]
 
@@ -141,6 +142,20 @@ def route(scales: Sequence[int], h: int, w: int, routing: str) -> int:
         return next((s for s in scales if area <= s * s), scales[-1])
     # log(side / a) < log(b / side) exactly where side^2 < a b
     return next((a for a, b in pairwise(scales) if area < a * b), scales[-1])
+
+
+def served(scales: Sequence[int], routing: str) -> dict[int, tuple[int, int]]:
+    """The lowest and highest side that each scale serves, from the smallest scale to the largest.
+
+    Args:
+        scales: ascending sides in pixels.
+        routing: "ceil" or "nearest".
+    """
+    found: dict[int, tuple[int, int]] = {}
+    for side in range(scales[0], scales[-1] + 1):
+        scale = route(scales, side, side, routing)
+        found[scale] = (found.get(scale, (side, side))[0], side)
+    return found
 
 
 def merge_grid(

@@ -46,6 +46,9 @@ class TrainConfig:
         augment: "auto" or "none" (see `msun.crops.augmentation`).
         crop_area: Lowest and highest share of the area of a crop; None is by the data.
         flip: Whether to mirror; None is by the data.
+        between: Whether a scale also learns the sizes that are resized to it: in each step, the
+            crops for a scale are first shrunk to a side drawn from those that it serves, uniform in
+            the logarithm. For networks whose images are resized to a trained scale.
         val_share: Share of the images that is kept from training and measured after each epoch.
         rows: Outputs of the head that stand for the classes, in their order; None is all.
         n_images: A seeded random subset; of the glyphs, how many are drawn.
@@ -83,6 +86,7 @@ class TrainConfig:
     augment: str = "auto"
     crop_area: Sequence[float] | None = None
     flip: bool | None = None
+    between: bool = False
     val_share: float = 0.1
     rows: Sequence[int] | None = None
     n_images: int | None = None

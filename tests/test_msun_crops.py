@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cka_probe.views import View
+from cka_probe.views import View, resize
 from msun.crops import Augment, Crops, augmentation, shuffled
 from msun.data import open_labelled
 
@@ -107,6 +107,25 @@ def test_an_image_looks_the_same_alone_and_among_others():
             alone = batches(opened, (8, 20), how, rows=[[k] for k in range(12)])
             for side in (8, 20):
                 assert torch.equal(whole[side], torch.cat([look[side] for look, _ in alone]))
+
+
+def test_a_scale_also_sees_the_sizes_that_it_serves():
+    data = open_labelled((torch.rand(200, 1, 40, 40), torch.zeros(200, dtype=torch.int64)))
+    rows = [[k, 0, 1] for k in range(200)]
+    served = ((8, 15), (16, 30), (31, 40))
+    how = dict(augment=Augment(area=(1, 1), ratio=(1, 1), flip=False), seed=3)
+    plain = batches(data, (8, 24, 40), **how, rows=rows)
+    mixed = batches(data, (8, 24, 40), **how, served=served, rows=rows)
+    seen = set()
+    for k, ((a, _), (b, _)) in enumerate(zip(plain, mixed, strict=True)):
+        assert torch.equal(a[8], b[8])  # what is larger than the scale is not shrunk first
+        image = data.stacked(rows[k])[0]
+        same = [s for s in range(16, 25) if torch.equal(b[24], resize(resize(image, s), 24))]
+        assert len(same) == 1
+        seen |= set(same)
+    assert seen == set(range(16, 25))
+    again = batches(data, (8, 24, 40), **how, served=served, rows=rows[7:9])
+    assert torch.equal(again[1][0][40], mixed[8][0][40])  # the batch alone decides, not its place
 
 
 def test_grey_glyphs_are_resized_once_and_equal_to_three_channels():

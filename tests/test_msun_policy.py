@@ -6,7 +6,7 @@ from decimal import Decimal, getcontext
 import pytest
 
 from msun import policy
-from msun.policy import POLICIES, Policy, check_scales, merge_grid, policy_of, route
+from msun.policy import POLICIES, Policy, check_scales, merge_grid, policy_of, route, served
 
 PAPER = (32, 128, 224)
 
@@ -35,6 +35,12 @@ def test_ties_go_to_the_larger():
     assert route(PAPER, 64, 64, "nearest") == 128  # sqrt(32 * 128)
     assert route(PAPER, 63, 65, "nearest") == 32
     assert route((50, 200), 100, 100, "nearest") == 200
+
+
+def test_what_each_scale_serves():
+    assert served((8, 32, 56), "nearest") == {8: (8, 15), 32: (16, 42), 56: (43, 56)}
+    assert served((8, 32, 56), "ceil") == {8: (8, 8), 32: (9, 32), 56: (33, 56)}
+    assert served((64,), "ceil") == {64: (64, 64)}
 
 
 def test_a_size_is_its_geometric_mean():

@@ -37,7 +37,8 @@ def main() -> None:
 
         draw(ledger, HERE)
         return
-    left = [run for run in runs if run.key not in ledger.done()]
+    done = ledger.done()
+    left = [run for run in runs if run.left(done)]
     print(f"{len(runs) - len(left)} of {len(runs)} runs are in the ledger", flush=True)
     if args.what == "list":
         print("\n".join(run.key for run in left))

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from experiments.scales.arms import ARMS, PAIRS, Arm, made, step_macs
+from experiments.scales.arms import ARMS, PAIRS, made, step_macs
 from experiments.scales.ledger import Ledger
 from experiments.scales.manifest import BATCH, RATE_BUDGET, UNIT, Run, rates
 from experiments.scales.split import choices
@@ -22,6 +22,7 @@ from experiments.scales.stats import paired
 from experiments.scales.tasks import Held, Task, held
 from msun import TrainConfig, calibrate, evaluate, recalibrated, train
 from msun.model import MSUN
+from msun.policy import route
 from msun.scores import Predictions
 
 __all__ = ["Bench", "steps_of"]
@@ -88,8 +89,9 @@ class Bench:
         return float(means.idxmax())
 
     def execute(self, run: Run) -> None:
-        """Train, measure, write down; nothing where the ledger has it."""
-        if run.key in self.ledger.done():
+        """Train, measure, write down what the ledger lacks; a kept network is not trained again."""
+        labels = run.left(self.ledger.done())
+        if not labels:
             return
         task, arm, lr = self.tasks[run.task], run.spec, self.rate(run)
         folder = self.work / "runs" / run.key
@@ -100,7 +102,8 @@ class Bench:
         images = self.images(task, "train")
         config = TrainConfig(
             out=folder, max_steps=steps, batch_size=BATCH, lr=lr, seed=run.seed, val_share=0.0,
-            constraint=arm.constraint, distill=arm.distill, clip=10.0, crop_area=task.area,
+            constraint=arm.constraint, distill=arm.distill,
+            between=arm.between, clip=10.0, crop_area=task.area,
             flip=task.flip, resume=True, progress=False,
         )  # fmt: skip
         try:
@@ -111,39 +114,38 @@ class Bench:
             self.say(f"{run.key}: {error}")
             net = made(arm, task, run.net, at=run.cut, seed=run.seed)  # at chance
         spent = time.process_time() - began
-        rows = self._measured(run, task, arm, net, folder, lr)
-        base = _base(run, lr)
-        self.ledger.add("trainings", [{
-            **base, "steps": steps, "epochs": steps * BATCH / len(images),
-            "train_gmacs": steps * BATCH * step_macs(net) / 1e9,
-            "params": sum(p.numel() for p in net.parameters()), "loss": _loss(folder),
-            "core_s": spent,
-        }])  # fmt: skip
+        rows = self._measured(run, task, labels, net, folder, lr)
+        if run.key not in set(self.ledger.read("trainings")["key"]):
+            row = {
+                **_base(run, lr), "steps": steps, "epochs": steps * BATCH / len(images),
+                "train_gmacs": steps * BATCH * step_macs(net) / 1e9,
+                "params": sum(p.numel() for p in net.parameters()), "loss": _loss(folder),
+                "core_s": spent,
+            }  # fmt: skip
+            self.ledger.add("trainings", [row])
         self.ledger.add("runs", rows)
         if run.tested and run.budget == 1:
-            self.ledger.add("pairs", list(self._pairs(run)))
+            self.ledger.add("pairs", list(self._pairs(run, labels)))
         if run.arm == "single" and run.tested and run.budget == 1:
             self.ledger.add("splits", choices(run, task, images, folder / "model.pt"))
         took = time.process_time() - began
-        seen = [r["top1"] for r in rows if r["arm"] == next(iter(arm.readings))]
+        seen = [r["top1"] for r in rows if r["arm"] == labels[0]]
         self.say(f"{run.key}: {took:.0f} core s, {spent:.0f} of them training, "
                  f"mean {100 * float(np.mean(seen)):.2f}")  # fmt: skip
 
     def _measured(
-        self, run: Run, task: Task, arm: Arm, net: MSUN, folder: Path, lr: float
+        self, run: Run, task: Task, labels: list[str], net: MSUN, folder: Path, lr: float
     ) -> list[dict[str, Any]]:
-        """Rows of every reading, on validation, and on test where the run is for that."""
+        """Rows of these readings, on validation, and on test where the run is for that."""
         rows = []
-        sizes = list(task.sizes) if arm.scales in ("all", "largest") else [net.reference]
-        for label, reading in arm.readings.items():
-            if run.lr is not None and label != next(iter(arm.readings)):
-                continue
-            shown = self._read(run, task, net, reading, sizes)
+        sizes = list(task.sizes) if run.spec.scales in ("all", "largest") else [net.reference]
+        for label in labels:
+            shown, feed = self._read(run, task, net, run.readings[label], sizes)
             for split in ("val", "test") if run.tested else ("val",):
                 path = predictions(folder, label, split)
                 folder.mkdir(parents=True, exist_ok=True)
                 frame = evaluate(
-                    shown, self.images(task, split), sizes, cka=False, latency=False,
+                    shown, self.images(task, split), sizes, cka=False, latency=False, feed=feed,
                     mixed=split == "test" and len(sizes) > 1, batch_size=256, progress=False,
                     predictions=path,
                 )  # fmt: skip
@@ -156,23 +158,29 @@ class Bench:
                     })  # fmt: skip
         return rows
 
-    def _read(self, run: Run, task: Task, net: MSUN, reading: str, sizes: list[int]) -> nn.Module:
-        """The network as a reading sees it."""
+    def _read(
+        self, run: Run, task: Task, net: MSUN, reading: str, sizes: list[int]
+    ) -> tuple[nn.Module, str | Callable[[int], int]]:
+        """The network as a reading sees it, and the side at which an image is fed."""
+        how: dict[str, Any] = {"n_images": RE_ESTIMATED_ON, "batch_size": 256, "progress": False}
+        images = self.images(task, "train")
+        if reading.startswith("fed"):
+            if reading.endswith("recalibrated"):
+                net = recalibrated(net, images, net.scales, **how)
+            return net, lambda side: route(net.scales, side, side, "nearest")
         shown: MSUN = net
         if reading.startswith("upsampled"):
             shown = made(run.spec, task, run.net, at=run.cut, seed=run.seed, enlarge="full")
             shown.load_state_dict(net.state_dict())
-        images = self.images(task, "train")
         every = list(range(min(sizes), max(sizes) + 1))  # mixed sizes are any whole number
-        how: dict[str, Any] = {"n_images": RE_ESTIMATED_ON, "batch_size": 256, "progress": False}
         if reading == "calibrated":
-            return calibrate(shown, images, every, **how)
-        if reading.endswith("recalibrated"):
-            return recalibrated(shown, images, every, **how)
-        return shown
+            shown = calibrate(shown, images, every, **how)
+        elif reading.endswith("recalibrated"):
+            shown = recalibrated(shown, images, every, **how)
+        return shown, "native"
 
-    def _pairs(self, run: Run) -> Iterator[dict[str, Any]]:
-        """The readings of a run beside those of the same seed whose predictions are still here."""
+    def _pairs(self, run: Run, labels: list[str]) -> Iterator[dict[str, Any]]:
+        """New readings beside those of the same seed whose predictions are still here."""
         frame = self.ledger.read("runs")
         for name in ("task", "net", "cut", "budget", "seed"):
             frame = frame[frame[name] == getattr(run, name)]
@@ -180,9 +188,10 @@ class Bench:
         known = dict.fromkeys(zip(frame["arm"], frame["key"], strict=True))
         here = [(arm, self.work / "runs" / key) for arm, key in known]
         base = {name: getattr(run, name) for name in ("task", "net", "cut", "budget", "seed")}
-        mine = self.work / "runs" / run.key
         for (arm, folder), (other, rival) in product(here, here):
-            if (arm, other) in PAIRS and mine in (folder, rival):
+            new = (arm in labels, folder.name) == (True, run.key)
+            new |= (other in labels, rival.name) == (True, run.key)
+            if new and (arm, other) in PAIRS:
                 a, b = predictions(folder, arm, "test"), predictions(rival, other, "test")
                 if a.exists() and b.exists():
                     for row in paired(Predictions.load(a), Predictions.load(b)):

@@ -53,9 +53,10 @@ class Ledger:
         frame: pd.DataFrame = pd.read_csv(self.path(name), dtype={"view": str})
         return frame
 
-    def done(self) -> set[str]:
-        """Keys of the runs that have rows."""
-        return set(self.read("runs")["key"])
+    def done(self) -> set[tuple[str, str]]:
+        """What has rows: (key of the run, label of the reading)."""
+        frame = self.read("runs")
+        return set(zip(frame["key"], frame["arm"], strict=True))
 
     def add(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append rows, all or none: the file is replaced whole."""

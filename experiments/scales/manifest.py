@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from experiments.scales.arms import ARMS, Arm
@@ -14,13 +14,15 @@ CUT = "layer1"  # stem and first stage, as the paper cuts ResNet-50
 UNIT = 240_000  # images of the single-scale network: a budget of 1, 12 epochs of 20,000
 RATES = (0.075, 0.15, 0.3)  # over the number of scales: the loss is a sum over them
 RATE_BUDGET = 0.25
-HEADLINE = ("lean", "paper", "g", "d3", "c2", "single", "line small", "line middle", "lean+kd",
-            "d3+kd", "g+kd")  # fmt: skip
-FIRST = ("lean", "g", "d3", "paper", "c2", "single", "own", "c2, enlarged", "lean+kd", "d3+kd",
-         "g+kd", "d1", "own+kd", "d2", "paper, free", "c1", "own, full", "own, shared bn",
+HEADLINE = ("lean", "paper", "g", "d3", "c2", "single", "lean+between", "g+between",
+            "d3+between", "c2+between", "line small", "line middle", "lean+kd")  # fmt: skip
+FIRST = ("lean", "g", "d3", "paper", "lean+between", "g+between", "c2", "single", "own",
+         "d3+between", "c2+between", "lean+kd", "d3+kd", "g+kd", "d1", "c2, enlarged", "own+kd",
+         "d2", "paper, free", "c1", "own, full", "own, shared bn",
          "single, lean's steps")  # fmt: skip
 LINE = ("line small", "line middle")
-ON_CIFAR = ("lean", "d3", "g", "paper", "c2", "d1", "single", "single, lean's steps", *LINE)
+ON_CIFAR = ("lean", "g", "d3", "lean+between", "g+between", "paper", "c2", "d1", "single",
+            "single, lean's steps", *LINE)  # fmt: skip
 CUTS = {
     "residual": ("stem", "layer1", "layer2", "layer3"),
     "depthwise": ("stem", "layer1", "layer2", "layer3"),
@@ -55,6 +57,16 @@ class Run:
     def spec(self) -> Arm:
         """The arm itself."""
         return ARMS[self.arm]
+
+    @property
+    def readings(self) -> dict[str, str]:
+        """What is read from it; a run that is not tested needs the first reading alone."""
+        every = list(self.spec.readings.items())
+        return dict(every if self.tested else every[:1])
+
+    def left(self, done: Collection[tuple[str, str]]) -> list[str]:
+        """The readings that are not in the ledger yet."""
+        return [label for label in self.readings if (self.key, label) not in done]
 
     @property
     def key(self) -> str:
