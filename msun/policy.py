@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-__all__ = ["POLICIES", "Policy", "check_scales", "merge_grid", "policy_of", "register", "route"]
-__all__ += ["served"]
+__all__ = ["POLICIES", "Policy", "check_scales", "fed", "merge_grid", "policy_of", "register"]
+__all__ += ["route", "served"]
 
 Grid = tuple[int, int]
 
@@ -30,6 +30,8 @@ class Policy:
         norm: batch norms that several scales use: one "shared" by all, or one "private" to each.
         routing: "ceil", the smallest scale that is not below the input, else the largest, or
             "nearest" in log ratio, ties to the larger.
+        inputs: "native", an image is fed as it is, or "scale", resized to the scale that serves it,
+            in its aspect: for sizes between the scales, which the subnets were not trained on.
         antialias: whether maps are shrunk to the merge grid with antialiasing.
         constraint: what training pulls together by default: "raw" or "normalised" features.
     """
@@ -38,6 +40,7 @@ class Policy:
     merge: str = "follow"
     norm: str = "private"
     routing: str = "nearest"
+    inputs: str = "native"
     antialias: bool = True
     constraint: str = "normalised"
 
@@ -66,6 +69,7 @@ _VALUES: dict[str, tuple[object, ...]] = {
     "merge": ("full", "follow", "native"),
     "norm": ("shared", "private"),
     "routing": ("ceil", "nearest"),
+    "inputs": ("native", "scale"),
     "antialias": (True, False),
     "constraint": ("none", "raw", "normalised", "cka"),
 }
@@ -156,6 +160,18 @@ def served(scales: Sequence[int], routing: str) -> dict[int, tuple[int, int]]:
         scale = route(scales, side, side, routing)
         found[scale] = (found.get(scale, (side, side))[0], side)
     return found
+
+
+def fed(policy: Policy, h: int, w: int, scale: int) -> Grid:
+    """The size at which a subnet gets an image.
+
+    Args:
+        policy: the choices.
+        h: height of the image in pixels.
+        w: width in pixels.
+        scale: the scale whose subnet serves it.
+    """
+    return (h, w) if policy.inputs == "native" else _shaped((scale, scale), h, w)
 
 
 def merge_grid(
