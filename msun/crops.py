@@ -131,6 +131,7 @@ class Crops:
         seed: Of the crops.
         served: For each scale the lowest and highest side that is resized to it: all crops of a
             batch are first shrunk to one drawn from them, where it is below the scale. Empty: no.
+        between: In what share of the batches, scale by scale.
     """
 
     data: Labelled
@@ -140,6 +141,7 @@ class Crops:
     std: tuple[float, ...] | None = None
     seed: int = 0
     served: tuple[tuple[int, int], ...] = ()
+    between: float = 1.0
 
     def batches(
         self, rows: Sequence[Sequence[int]], *, epoch: int = 0, workers: int = 0
@@ -193,10 +195,12 @@ class _Batches(Dataset[Any]):
     def _first(self, row: int) -> dict[int, int]:
         """To what side the crops of a batch, known by its first image, shrink before a scale."""
         crops = self.crops
-        u = np.random.default_rng([crops.seed, self.epoch, _SIDES, row]).random(len(crops.served))
+        generator = np.random.default_rng([crops.seed, self.epoch, _SIDES, row])
         drawn = {}
-        for side, (low, high), share in zip(crops.scales, crops.served, u, strict=False):
-            drawn[side] = min(side, int(low * ((high + 1) / low) ** share))
+        for side, (low, high) in zip(crops.scales, crops.served, strict=False):
+            u, whether = generator.random(2)
+            if whether < crops.between:
+                drawn[side] = min(side, int(low * ((high + 1) / low) ** u))
         return drawn
 
     def _looks(self, images: list[Tensor], first: dict[int, int]) -> dict[int, Tensor]:

@@ -135,7 +135,8 @@ class _Run:
         scales = tuple(self.model.scales)
         sides = served(scales, self.model.policy.routing) if config.between else {}
         first = tuple(sides[scale] for scale in scales if sides)
-        self.crops = Crops(data, scales, self.augment, self.mean, self.std, config.seed, first)
+        self.crops = Crops(data, scales, self.augment, self.mean, self.std, config.seed, first,
+                           config.between)  # fmt: skip
         self.looks = Crops(data, scales, None, self.mean, self.std, config.seed)
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ def bench(folder, results="results"):
     from experiments.scales.ledger import Ledger
     from experiments.scales.tasks import TASKS, small
 
-    tasks = {"glyphs": small(TASKS["glyphs"], (128, 64, 64), (8, 44, 56))}
+    tasks = {"glyphs": small(TASKS["glyphs"], (128, 64, 64), (44, 50, 56))}
     return Bench(folder, Ledger(folder / results), tasks, unit=256, say=lambda text: None)
 
 

@@ -124,6 +124,9 @@ def test_a_scale_also_sees_the_sizes_that_it_serves():
         assert len(same) == 1
         seen |= set(same)
     assert seen == set(range(16, 25))
+    half = batches(data, (8, 24, 40), **how, served=served, between=0.5, rows=rows)
+    sharp = [torch.equal(a[40], b[40]) for (a, _), (b, _) in zip(plain, half, strict=True)]
+    assert 80 <= sum(sharp) <= 140  # half of 200, and where 40 px were drawn
     again = batches(data, (8, 24, 40), **how, served=served, rows=rows[7:9])
     assert torch.equal(again[1][0][40], mixed[8][0][40])  # the batch alone decides, not its place
 

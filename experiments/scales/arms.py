@@ -28,7 +28,7 @@ class Arm:
         enlarge: small images first: "no", "lean" (to `Task.least`) or "full".
         constraint: of the training; None is the policy's.
         distill: weight of ensemble distillation.
-        between: whether each scale also learns the sizes that are resized to it.
+        between: share of the steps in which a scale learns the sizes that are resized to it.
         rate_of: the arm whose learning rate it takes: its family is tuned as one.
         readings: label -> how the trained network is measured (see `READINGS`); the first decides
             what is chosen on validation.
@@ -41,7 +41,7 @@ class Arm:
     enlarge: str = "no"
     constraint: str | None = "none"
     distill: float = 0.0
-    between: bool = False
+    between: float = 0.0
     rate_of: str = ""
     readings: Mapping[str, str] = field(default_factory=dict)
     paces: str = ""
@@ -100,19 +100,23 @@ ARMS: dict[str, Arm] = {
                 readings=_private("g+kd")),
     "d3+between": Arm(
         "d3, each scale learns the sizes that are resized to it", {**_STOCK, "norm": "private"},
-        enlarge="lean", between=True, rate_of="g", readings={"d3+between": "fed"},
+        enlarge="lean", between=0.5, rate_of="g", readings={"d3+between": "fed"},
     ),
     "g+between": Arm(
         "g, each scale learns the sizes that are resized to it", {"subnets": "shared"},
-        between=True, rate_of="g", readings={"g+between": "fed"},
+        between=0.5, rate_of="g", readings={"g+between": "fed"},
     ),
     "lean+between": Arm(
-        "lean, each scale learns the sizes that are resized to it", constraint=None, between=True,
+        "lean, each scale learns the sizes that are resized to it", constraint=None, between=0.5,
         rate_of="g", readings={"lean+between": "fed"},
+    ),
+    "lean+always": Arm(
+        "lean+between in every step", constraint=None, between=1.0, rate_of="g",
+        readings={"lean+always": "fed"},
     ),
     "c2+between": Arm(
         "c2, each scale learns the sizes that are resized to it", {**_STOCK, "norm": "shared"},
-        between=True, rate_of="c2", readings={"c3+between": "fed, recalibrated"},
+        between=0.5, rate_of="c2", readings={"c3+between": "fed, recalibrated"},
     ),
     "own": Arm("lean without its constraint", rate_of="g", readings=_private("own")),
     "lean": Arm("MSUN lean", constraint=None, rate_of="g", readings=_private("lean")),
@@ -143,8 +147,8 @@ _ASKED: dict[str, tuple[str, ...]] = {
     "lean, fed": ("lean", "paper", "paper, fed", "paper+bn, fed", "c3, fed", "c3, enlarged, fed",
                   "d1, fed", "d2, fed", "d3, fed", "g, fed", "own, fed", "a", "a+bn", "a=epochs",
                   "c1+bn"),
-    "lean+between": ("lean, fed", "g+between", "d3+between", "c3+between", "paper", "paper, fed",
-                     "a", "a+bn", "a=epochs", "c1+bn"),
+    "lean+between": ("lean, fed", "lean+always", "g+between", "d3+between", "c3+between", "paper",
+                     "paper, fed", "a", "a+bn", "a=epochs", "c1+bn"),
     "g+between": ("g, fed", "d3+between", "c3+between", "a", "a+bn"),
     "d3+between": ("d3, fed", "c3+between"),
     "c3+between": ("c3, fed",),

@@ -8,9 +8,11 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from experiments.scales import tables
 from experiments.scales.ledger import Ledger
@@ -21,6 +23,7 @@ __all__ = ["draw"]
 LINES = {  # arm -> (colour, mark, in words); Okabe and Ito's colours, told apart by the mark too
     "a": ("#999999", "o", "(a) one scale, enlarged"),
     "b": ("#cccccc", "v", "(b) one scale, native"),
+    "c1": ("#aa9900", "<", "(c1) multi-scale, all enlarged"),
     "c3": ("#56b4e9", "s", "(c3) multi-scale, BN re-estimated"),
     "d1": ("#009e73", "^", "(d1) private BN"),
     "d3": ("#e69f00", "D", "(d3) private BN, small enlarged"),
@@ -29,8 +32,11 @@ LINES = {  # arm -> (colour, mark, in words); Okabe and Ito's colours, told apar
     "lean": ("#d55e00", "*", "(f) MSUN lean"),
     "line": ("#0072b2", "_", "one network per size"),
 }
-RIVALS = ("a", "a+bn", "c1+bn", "c3", "c3, enlarged", "d1", "d2", "d3", "g", "own", "paper",
-          "paper+bn")  # fmt: skip
+PANELS = {  # how images between the scales are met -> the arms' suffix
+    "fed as they are": "", "resized to the scale that serves them": ", fed",
+    "trained for that, too": "+between",
+}  # fmt: skip
+TICKS = (-30, -10, -3, -1, 0, 1, 3, 10, 30)
 
 
 def draw(ledger: Ledger, page: Path) -> None:
@@ -53,14 +59,15 @@ def draw(ledger: Ledger, page: Path) -> None:
         main = tables.main_table(runs, trainings, task, net)
         blocks[f"main {name}"] = markdown(main.reset_index())
         asked = diffs["arm"].drop_duplicates()
-        blocks[f"lean {name}"] = markdown(tables.pair_table(diffs, task, net, ("lean",)))
-        others = tuple(arm for arm in asked if arm != "lean")
+        leans = ("lean", "lean, fed", "lean+between")
+        blocks[f"lean {name}"] = markdown(tables.pair_table(diffs, task, net, leans))
+        others = tuple(arm for arm in asked if arm not in leans)
         blocks[f"factors {name}"] = markdown(tables.pair_table(diffs, task, net, others))
         blocks[f"verdict {name}"] = markdown(tables.verdict(runs, diffs, task, net))
         save(by_size(mine), figures / f"{name}-accuracy.png")
         save(pareto(mine), figures / f"{name}-pareto.png")
-        if len(against(diffs, task, net)):
-            save(forest(diffs, task, net), figures / f"{name}-lean.png")
+        if len(rows := against(diffs, task, net)):
+            save(forest(rows), figures / f"{name}-lean.png")
     blocks["flat"] = markdown(tables.flatness(runs))
     blocks["rates"] = markdown(tables.rates_table(runs))
     cuts = by_cut(runs, trainings)
@@ -104,95 +111,117 @@ def save(ax: Axes, path: Path) -> None:
     plt.close("all")
 
 
+def base(arm: str) -> str:
+    """The arm of LINES that a reading belongs to."""
+    return re.split(r"[+,=]", arm)[0]
+
+
 def by_size(table: pd.DataFrame) -> Axes:
-    """Accuracy by size, a line an arm, mean over the seeds; the reference line as bars."""
-    _, ax = plt.subplots(figsize=(6.4, 4.2))
+    """Accuracy by size, a line an arm, a panel a way of serving sizes between the scales."""
     sizes = table[table["view"].str.isdecimal()].assign(side=lambda t: t["view"].astype(int))
     means = sizes.groupby(["arm", "side"], as_index=False)["top1"].mean()
-    for arm, (colour, mark, words) in LINES.items():
-        if arm == "line":
-            top = means["side"].max()
-            own = means["arm"].isin(["line small", "line middle"]) | (
-                (means["arm"] == "a") & (means["side"] == top)
-            )
-            rows, line = means[own], "none"
-        else:
-            rows, line = means[means["arm"] == arm], "-"
-        if rows.empty:
-            continue
-        ax.plot(rows["side"], rows["top1"], color=colour, marker=mark, linestyle=line, label=words,
-                markersize=14 if arm == "line" else 6, linewidth=1.4)  # fmt: skip
-    ax.set_xscale("log")
-    ticks = sorted(means["side"].unique())
-    ax.xaxis.set_major_locator(FixedLocator(ticks))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xticklabels([str(t) for t in ticks], fontsize=8)
-    ax.set(xlabel="size of the image (px)", ylabel="top-1 accuracy (%)")
-    ax.grid(alpha=0.25)
-    ax.legend(fontsize=8, frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
+    top = means["side"].max()
+    own = means["arm"].isin(["line small", "line middle"])
+    own |= (means["arm"] == "a") & (means["side"] == top)
+    _, axes = plt.subplots(1, 3, figsize=(12, 4), sharey=True)
+    for ax, (words, suffix) in zip(axes, PANELS.items(), strict=True):
+        for arm, (colour, mark, _) in LINES.items():
+            names = [arm + suffix, *([arm] if arm == "a" else [])]
+            rows = means[own] if arm == "line" else means[means["arm"].isin(names)]
+            ax.plot(rows["side"], rows["top1"], color=colour, marker=mark, linewidth=1.3,
+                    linestyle="none" if arm == "line" else "-",
+                    markersize=14 if arm == "line" else 5)  # fmt: skip
+        ax.set_title(words, fontsize=10)
+        ax.set_xticks(sorted(means["side"].unique()))
+        ax.tick_params(labelsize=8)
+        ax.set_xlabel("size of the image (px)")
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("top-1 accuracy (%)")
+    drawn = {base(arm) for arm in means["arm"]}
+    keys = [
+        Line2D([], [], color=colour, marker=mark, label=words, linewidth=1.3)
+        for arm, (colour, mark, words) in LINES.items()
+        if arm in drawn or arm == "line"
+    ]
+    axes[2].legend(handles=keys, fontsize=8, frameon=False, loc="lower right")
+    axes[2].figure.tight_layout()
+    return axes[0]
 
 
 def pareto(table: pd.DataFrame) -> Axes:
-    """Mean accuracy over the sizes against mean MACs; the front as a line."""
-    _, ax = plt.subplots(figsize=(6.4, 4.2))
+    """Mean accuracy over the sizes against mean MACs; the front as a line.
+
+    Filled: images as they are. Hollow: resized to the scale that serves them; large and hollow:
+    trained for that, too.
+    """
+    _, ax = plt.subplots(figsize=(7.4, 5.4))
     means = table[table["view"] == "mean"].groupby("arm")[["mmacs", "top1"]].mean()
     means = means.sort_values(["mmacs", "top1"], ascending=[True, False])
     front = means[means["top1"] > means["top1"].shift(fill_value=-1).cummax()]
     ax.step(front["mmacs"], front["top1"], where="post", color="#bbbbbb", linewidth=1, zorder=0)
     for arm, row in means.iterrows():
-        colour, mark, _ = LINES.get(str(arm), ("#666666", ".", ""))
-        ax.plot(row["mmacs"], row["top1"], color=colour, marker=mark, markersize=8)
-    texts = sorted(means.iterrows(), key=lambda item: item[1]["top1"])
+        colour, mark, _ = LINES.get(base(str(arm)), ("#666666", ".", ""))
+        hollow = "fed" in str(arm) or "between" in str(arm)
+        ax.plot(row["mmacs"], row["top1"], color=colour, marker=mark,
+                markersize=10 if "between" in str(arm) else 7,
+                markerfacecolor="white" if hollow else colour)  # fmt: skip
+    wide, high = (float(np.ptp(means[c])) or 1.0 for c in ("mmacs", "top1"))
+    ax.set_xlim(means["mmacs"].min() - 0.05 * wide, means["mmacs"].max() + 0.22 * wide)
     placed: list[tuple[float, float]] = []
-    low, high = means["top1"].min(), means["top1"].max()
-    step = (high - low) / 22
-    for arm, row in texts:  # labels of one column stand above each other
-        y = float(row["top1"])
-        near = [t for x, t in placed if abs(x - row["mmacs"]) < 0.25]
-        y = max([y, *(t + step for t in near)])
-        placed.append((row["mmacs"], y))
-        ax.annotate(str(arm), (row["mmacs"], row["top1"]), (row["mmacs"] + 0.03, y),
-                    textcoords="data", fontsize=8, va="center")  # fmt: skip
+    for arm, row in sorted(means.iterrows(), key=lambda item: item[1]["top1"]):
+        x, y = float(row["mmacs"]), float(row["top1"])
+        near = [at for other, at in placed if abs(other - x) < 0.2 * wide]
+        y = max([y, *(at + high / 28 for at in near)])  # labels of one column stand in line
+        placed.append((x, y))
+        ax.text(x + 0.018 * wide, y, str(arm), fontsize=8, va="center")
     ax.set(xlabel="MMACs an image, mean over the sizes", ylabel="top-1 (%), mean over the sizes")
-    ax.margins(x=0.12)
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
 def against(diffs: pd.DataFrame, task: str, net: str) -> pd.DataFrame:
-    """Lean minus its rivals, by view."""
-    rows = diffs[(diffs["task"] == task) & (diffs["net"] == net) & (diffs["arm"] == "lean")]
-    return rows[rows["other"].isin(RIVALS)]
+    """Lean minus others, by view, where both serve the sizes between the scales alike."""
+    rows = diffs[(diffs["task"] == task) & (diffs["net"] == net)]
+    rows = rows[rows["arm"].isin(["lean" + suffix for suffix in PANELS.values()])]
+    plain = rows["other"].isin(["a", "a+bn", "a=epochs", "c1+bn"])
+    alike = [
+        ("fed" in arm) == ("fed" in other) and ("between" in arm) == ("between" in other)
+        for arm, other in zip(rows["arm"], rows["other"], strict=True)
+    ]
+    return rows[plain | pd.Series(alike, index=rows.index, dtype=bool)]
 
 
-def forest(diffs: pd.DataFrame, task: str, net: str) -> Axes:
+def forest(rows: pd.DataFrame) -> Axes:
     """Lean minus each rival, in points with 95 % intervals: mean over the sizes, and the ends."""
-    rows = against(diffs, task, net)
     sides = sorted({int(v) for v in rows["view"] if v.isdecimal()})
     views = {"mean": "mean over sizes", str(sides[0]): f"{sides[0]} px",
              str(sides[-1]): f"{sides[-1]} px"}  # fmt: skip
-    others = [o for o in reversed(RIVALS) if o in set(rows["other"])]
-    _, axes = plt.subplots(1, 3, figsize=(8.6, 0.6 + 0.32 * len(others)), sharey=True)
+    pairs = list(dict.fromkeys(zip(rows["arm"], rows["other"], strict=True)))
+    pairs = sorted(pairs, key=lambda pair: list(PANELS.values()).index(pair[0][4:]))[::-1]
+    _, axes = plt.subplots(1, 3, figsize=(10, 0.9 + 0.26 * len(pairs)), sharey=True)
     for ax, (view, words) in zip(axes, views.items(), strict=True):
-        at = rows[rows["view"] == view].set_index("other")
-        for y, other in enumerate(others):
-            if other not in at.index:
+        at = rows[rows["view"] == view].set_index(["arm", "other"])
+        for y, pair in enumerate(pairs):
+            if pair not in at.index:
                 continue
-            row = at.loc[other]
-            clear = row["low"] > 0 or row["high"] < 0
-            colour = "#d55e00" if clear else "#888888"
-            ax.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=2)
-            ax.plot(row["diff"], y, "o", color=colour, markersize=5)
+            low, high, diff = at.loc[pair, ["low", "high", "diff"]]
+            colour = "#d55e00" if low > 0 or high < 0 else "#888888"
+            ax.plot([low, high], [y, y], color=colour, linewidth=2)
+            ax.plot(diff, y, "o", color=colour, markersize=4)
         ax.axvline(0, color="black", linewidth=0.8)
-        ax.set_xscale("symlog", linthresh=2)
+        ax.set_xscale("symlog", linthresh=1)
+        ax.set_xlim(-60, 60)
+        ax.xaxis.set_major_locator(FixedLocator(TICKS))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         ax.set_title(words, fontsize=9)
         ax.grid(alpha=0.25, axis="x")
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8)
-    axes[0].set_yticks(range(len(others)), others)
-    axes[1].set_xlabel("lean minus the other arm (points)")
+    axes[0].set_yticks(
+        range(len(pairs)), [f"{arm}  \N{MINUS SIGN}  {other}" for arm, other in pairs]
+    )
+    axes[1].set_xlabel("difference in points; orange where the interval excludes 0")
+    axes[0].figure.tight_layout()
     return axes[0]

@@ -16,10 +16,10 @@ RATES = (0.075, 0.15, 0.3)  # over the number of scales: the loss is a sum over 
 RATE_BUDGET = 0.25
 HEADLINE = ("lean", "paper", "g", "d3", "c2", "single", "lean+between", "g+between",
             "d3+between", "c2+between", "line small", "line middle", "lean+kd")  # fmt: skip
-FIRST = ("lean", "g", "d3", "paper", "lean+between", "g+between", "c2", "single", "own",
-         "d3+between", "c2+between", "lean+kd", "d3+kd", "g+kd", "d1", "c2, enlarged", "own+kd",
+FIRST = ("lean", "g", "d3", "paper", "lean+between", "d3+between", "g+between", "c2", "single",
+         "own", "c2+between", "lean+kd", "d3+kd", "g+kd", "d1", "c2, enlarged", "own+kd",
          "d2", "paper, free", "c1", "own, full", "own, shared bn",
-         "single, lean's steps")  # fmt: skip
+         "single, lean's steps", "lean+always")  # fmt: skip
 LINE = ("line small", "line middle")
 ON_CIFAR = ("lean", "g", "d3", "lean+between", "g+between", "paper", "c2", "d1", "single",
             "single, lean's steps", *LINE)  # fmt: skip
