@@ -60,22 +60,22 @@ class View:
             raise ValueError(f"std is not positive: {self.std}: give one number above 0 a channel")
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Look at one image.
+        """Look at one image, or at several of one size at once.
 
         Args:
-            image: (c, h, w), float; 0..1 where it was decoded from pixels.
+            image: (c, h, w) or (n, c, h, w), float; 0..1 where it was decoded from pixels.
 
         Returns:
-            (c, side, side), or (c, h, w) where the view has no size. The same tensor, not a copy,
-            where there is nothing to do.
+            (..., c, side, side), or (..., c, h, w) where the view has no size. The same tensor, not
+            a copy, where there is nothing to do.
         """
         for side_px in (self.side_px, self.restore_px):
             if side_px is not None:
                 image = resize(_centre_square(image), side_px, self.antialias)
         if self.mean is None or self.std is None:
             return image
-        if len(self.mean) not in (1, image.shape[0]):
-            counts = f"{len(self.mean)} for {image.shape[0]} channels"
+        if len(self.mean) not in (1, image.shape[-3]):
+            counts = f"{len(self.mean)} for {image.shape[-3]} channels"
             raise ValueError(f"mean and std do not fit the images: {counts}: give one per channel")
         mean = torch.tensor(self.mean, dtype=image.dtype).view(-1, 1, 1)
         std = torch.tensor(self.std, dtype=image.dtype).view(-1, 1, 1)

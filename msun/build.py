@@ -52,7 +52,7 @@ def build(
         scales: sides in pixels; the largest is the reference, which the backbone must take.
         preset: "lean" or "paper", or one that was registered.
         subnets: "own" or "shared" weights, in place of the preset's.
-        merge: "full" or "follow", in place of the preset's.
+        merge: "full", "follow" or "native", in place of the preset's.
         norm: "shared" or "private" batch norms, in place of the preset's.
         start: of the small subnets: "copied"; "resampled", the first kernel to their pixel scale;
             "dilated" where a stride was taken out, so that the old grid's pixels keep their values.

@@ -47,7 +47,7 @@ def add_building(parser: Any) -> None:
          "one at which the network is the backbone")  # fmt: skip
     word("--preset", default="lean", metavar="P", help=f"{' or '.join(POLICIES)} (default lean)")
     word("--subnets", metavar="own|shared", help="weights of the subnets; default: the preset's")
-    word("--merge", metavar="full|follow", help="grid of the trunk; default: the preset's")
+    word("--merge", metavar="full|follow|native", help="grid of the trunk; default: the preset's")
     word("--norm", metavar="shared|private", help="batch norms of the trunk; default: the preset's")
     word("--start", default="copied", metavar="S",
          help=f"of the small subnets: {', '.join(STARTS)} (default copied)")  # fmt: skip

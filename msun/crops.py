@@ -4,6 +4,7 @@ What is random depends on (seed, epoch, image) alone: not on the batch, the work
 random state, so that a run that was stopped goes on exactly.
 """
 
+from collections import defaultdict
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from msun.data import Labelled
 
 __all__ = ["Augment", "Crops", "augmentation", "shuffled"]
 
-_ORDER, _CROPS = 0, 1  # streams of random numbers
+_ORDER, _CROPS, _SIDES = 0, 1, 2  # streams of random numbers
 _DRAWS = 5  # uniform numbers an image takes: area, ratio, top, left, flip
 
 
@@ -128,6 +129,9 @@ class Crops:
         mean: Channel means to normalise with; None normalises nothing.
         std: Channel standard deviations.
         seed: Of the crops.
+        served: For each scale the lowest and highest side that is resized to it: all crops of a
+            batch are first shrunk to one drawn from them, where it is below the scale. Empty: no.
+        between: In what share of the batches, scale by scale.
     """
 
     data: Labelled
@@ -136,6 +140,8 @@ class Crops:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     seed: int = 0
+    served: tuple[tuple[int, int], ...] = ()
+    between: float = 1.0
 
     def batches(
         self, rows: Sequence[Sequence[int]], *, epoch: int = 0, workers: int = 0
@@ -177,22 +183,44 @@ class _Batches(Dataset[Any]):
             loaded = [crops.data.load(i, self.epoch) for i in rows]
             images = [image for image, _ in loaded]
             labels = torch.tensor([label for _, label in loaded])
-        looks: dict[int, list[Tensor]] = {side: [] for side in crops.scales}
-        for i, image in zip(rows, images, strict=True):
-            for side, out in self._look(image, self.uniform[i]).items():
-                looks[side].append(out)
         channels = images[0].shape[0]
-        return {s: torch.stack(x).expand(-1, channels, -1, -1) for s, x in looks.items()}, labels
+        if crops.mean is None and all(image.stride(0) == 0 for image in images):  # grey: once
+            images = [image[:1] for image in images]
+        if crops.augment is not None:
+            drawn = zip(rows, images, strict=True)
+            images = [crops.augment(image, self.uniform[i]) for i, image in drawn]
+        looks = self._looks(images, self._first(rows[0]))
+        return {s: x.expand(-1, channels, -1, -1) for s, x in looks.items()}, labels
 
-    def _look(self, image: Tensor, u: NDArray[np.float64]) -> dict[int, Tensor]:
-        """One image at every scale, normalised; one channel where all share their memory."""
+    def _first(self, row: int) -> dict[int, int]:
+        """To what side the crops of a batch, known by its first image, shrink before a scale."""
         crops = self.crops
-        if image.stride(0) == 0 and crops.mean is None:  # grey: resized once
-            image = image[:1]
-        if crops.augment is None:
-            return {side: View(side, None, True, *self.normal)(image) for side in crops.scales}
-        crop, finish = crops.augment(image, u), View(None, None, True, *self.normal)
-        return {side: finish(resize(crop, side)) for side in crops.scales}
+        generator = np.random.default_rng([crops.seed, self.epoch, _SIDES, row])
+        drawn = {}
+        for side, (low, high) in zip(crops.scales, crops.served, strict=False):
+            u, whether = generator.random(2)
+            if whether < crops.between:
+                drawn[side] = min(side, int(low * ((high + 1) / low) ** u))
+        return drawn
+
+    def _looks(self, images: list[Tensor], first: dict[int, int]) -> dict[int, Tensor]:
+        """Images or crops (c, h, w) at every scale, normalised; those of one shape all at once."""
+        crops, groups = self.crops, defaultdict[tuple[int, ...], list[int]](list)
+        for place, image in enumerate(images):
+            groups[tuple(image.shape)].append(place)
+        blocks = [torch.stack([images[k] for k in places]) for places in groups.values()]
+        back = torch.tensor([k for places in groups.values() for k in places]).argsort()
+        looks = {}
+        for side in crops.scales:
+            if crops.augment is None:
+                look = View(side, None, True, *self.normal)
+                parts = [look(block) for block in blocks]
+            else:
+                finish = View(None, None, True, *self.normal)
+                small = [resize(b, first[side]) if side in first else b for b in blocks]
+                parts = [finish(resize(block, side)) for block in small]
+            looks[side] = parts[0] if len(parts) == 1 else torch.cat(parts)[back]
+        return looks
 
     def __getitem__(self, k: int) -> tuple[dict[int, Tensor], Tensor] | Exception:
         """In a worker: our errors travel as values, without a traceback in their message."""

@@ -13,7 +13,7 @@ from msun.costs import first_tensor
 from msun.norms import SizedNorm, calibrated_sizes, select, sized_norms
 from msun.parts import Part
 from msun.plans import Grid, Plan, Planner
-from msun.policy import Policy, route
+from msun.policy import Policy, fed, route
 
 __all__ = ["MSUN", "Origin", "resized"]
 
@@ -152,14 +152,15 @@ class MSUN(nn.Module):
         scale = self.route(*size) if scale is None else scale
         head = self.head(scale)
         self._select(scale, size)
+        given = fed(self.policy, *size, scale)
         try:
-            z: Tensor = head(x)
+            z: Tensor = head(resized(x, given, antialias=self.policy.antialias))
         except Exception:
             self._planner.plan(*size, scale)  # says so where the size is at fault
             raise
         if scale != self.reference and hasattr(z, "cut_sizes"):
             del z.cut_sizes
-        merged = self._planner.merged(*size, scale, self._planner.grid(tuple(z.shape)))
+        merged = self._planner.merged(*given, scale, self._planner.grid(tuple(z.shape)))
         return resized(z, merged, self.axes, antialias=self.policy.antialias)
 
     def classify(self, z: Tensor, scale: int, size: Grid | None = None) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from msun.costs import Seen, Shadow
 from msun.parts import Part
-from msun.policy import Policy, merge_grid, route
+from msun.policy import Policy, fed, merge_grid, route
 
 __all__ = ["Grid", "Plan", "Planner"]
 
@@ -83,6 +83,7 @@ class Planner:
             ValueError: a size that the subnet cannot take.
         """
         scale = route(self.scales, h, w, self.policy.routing) if scale is None else scale
+        h, w = fed(self.policy, h, w, scale)
         seen = self._head_sees(scale, h, w)
         if seen.fault:
             raise ValueError(
@@ -97,7 +98,7 @@ class Planner:
         """The grid that the trunk runs at.
 
         Args:
-            h: height of the image in pixels.
+            h: height of the image in pixels, as it is fed.
             w: width in pixels.
             scale: whose subnet serves it.
             grid: what that gave.

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-__all__ = ["POLICIES", "Policy", "check_scales", "merge_grid", "policy_of", "register", "route"]
+__all__ = ["POLICIES", "Policy", "check_scales", "fed", "merge_grid", "policy_of", "register"]
+__all__ += ["route", "served"]
 
 Grid = tuple[int, int]
 
@@ -23,11 +24,15 @@ class Policy:
     Attributes:
         subnets: "own", each scale has a copy of the head with its own weights, or "shared", the
             head itself with other strides.
-        merge: the grid that the trunk runs at: "full", always the reference scale's, or "follow",
-            half of that for inputs up to 4/7 of the reference side, else the input's own.
+        merge: the grid that the trunk runs at: "full", always the reference scale's; "follow",
+            half of that for inputs up to 4/7 of the reference side, else the input's own; or
+            "native", always the input's own, so that no stride is taken out: with shared subnets
+            and private norms that is RS-Net (Wang et al. 2020).
         norm: batch norms that several scales use: one "shared" by all, or one "private" to each.
         routing: "ceil", the smallest scale that is not below the input, else the largest, or
             "nearest" in log ratio, ties to the larger.
+        inputs: "native", an image is fed as it is, or "scale", resized to the scale that serves it,
+            in its aspect: for sizes between the scales, which the subnets were not trained on.
         antialias: whether maps are shrunk to the merge grid with antialiasing.
         constraint: what training pulls together by default: "raw" or "normalised" features.
     """
@@ -36,6 +41,7 @@ class Policy:
     merge: str = "follow"
     norm: str = "private"
     routing: str = "nearest"
+    inputs: str = "native"
     antialias: bool = True
     constraint: str = "normalised"
 
@@ -61,9 +67,10 @@ class Policy:
 
 _VALUES: dict[str, tuple[object, ...]] = {
     "subnets": ("own", "shared"),
-    "merge": ("full", "follow"),
+    "merge": ("full", "follow", "native"),
     "norm": ("shared", "private"),
     "routing": ("ceil", "nearest"),
+    "inputs": ("native", "scale"),
     "antialias": (True, False),
     "constraint": ("none", "raw", "normalised", "cka"),
 }
@@ -144,6 +151,32 @@ def route(scales: Sequence[int], h: int, w: int, routing: str) -> int:
     return next((a for a, b in pairwise(scales) if area < a * b), scales[-1])
 
 
+def served(scales: Sequence[int], routing: str) -> dict[int, tuple[int, int]]:
+    """The lowest and highest side that each scale serves, from the smallest scale to the largest.
+
+    Args:
+        scales: ascending sides in pixels.
+        routing: "ceil" or "nearest".
+    """
+    found: dict[int, tuple[int, int]] = {}
+    for side in range(scales[0], scales[-1] + 1):
+        scale = route(scales, side, side, routing)
+        found[scale] = (found.get(scale, (side, side))[0], side)
+    return found
+
+
+def fed(policy: Policy, h: int, w: int, scale: int) -> Grid:
+    """The size at which a subnet gets an image.
+
+    Args:
+        policy: the choices.
+        h: height of the image in pixels.
+        w: width in pixels.
+        scale: the scale whose subnet serves it.
+    """
+    return (h, w) if policy.inputs == "native" else _shaped((scale, scale), h, w)
+
+
 def merge_grid(
     policy: Policy,
     h: int,
@@ -170,7 +203,8 @@ def merge_grid(
     """
     if policy.merge == "full":
         return _shaped(full, h, w)
-    if scale != reference and 49 * h * w <= 16 * reference**2:  # sqrt(h w) <= 4/7 reference
+    small = scale != reference and 49 * h * w <= 16 * reference**2  # sqrt(h w) <= 4/7 reference
+    if policy.merge == "follow" and small:
         return _shaped((full[0] / 2, full[1] / 2), h, w)
     return native()
 

@@ -21,6 +21,7 @@ from msun.crops import Crops, augmentation, shuffled
 from msun.data import open_labelled
 from msun.descent import Descent, DivergedError
 from msun.model import MSUN
+from msun.policy import served
 from msun.recipe import TrainConfig, refuse_other
 from msun.scores import judge
 from msun.train_state import CONFIG, METRICS, MODEL, STATE
@@ -131,7 +132,10 @@ class _Run:
         self.std = None if std is None else tuple(map(float, std))
         self.augment = augmentation(config.augment, data, area=config.crop_area, flip=config.flip)
         scales = tuple(self.model.scales)
-        self.crops = Crops(data, scales, self.augment, self.mean, self.std, config.seed)
+        sides = served(scales, self.model.policy.routing) if config.between else {}
+        first = tuple(sides[scale] for scale in scales if sides)
+        self.crops = Crops(data, scales, self.augment, self.mean, self.std, config.seed, first,
+                           config.between)  # fmt: skip
         self.looks = Crops(data, scales, None, self.mean, self.std, config.seed)
 
     @torch.no_grad()

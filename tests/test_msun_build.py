@@ -134,6 +134,17 @@ def test_a_policy_or_a_preset_of_ones_own(monkeypatch):
     assert msun.build(glyphnet(), "layer1", (16, 64), preset="mine").policy.norm == "shared"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("subnets", ["own", "shared"])
+def test_native_is_the_backbone_at_every_size(subnets):
+    model = glyphnet()
+    net = msun.build(model, "layer1", (16, 32, 64), subnets=subnets, merge="native")
+    assert set(net.origin.changes.values()) == {""}
+    for side in (16, 24, 32, 51, 64):
+        x = noise(2, side)
+        assert torch.equal(net(x), model(x))
+
+
 def test_starts():
     backbone = glyphnet()
     kernel = backbone.stem[0].weight

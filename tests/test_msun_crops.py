@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cka_probe.views import View
+from cka_probe.views import View, resize
 from msun.crops import Augment, Crops, augmentation, shuffled
 from msun.data import open_labelled
 
@@ -80,22 +80,66 @@ def test_memory_and_dataset_give_the_same():
     images, labels = torch.rand(5, 3, 16, 16), torch.tensor([0, 1, 0, 1, 0])
     stacked, listed = open_labelled((images, labels)), open_labelled(TensorDataset(images, labels))
     assert listed.stacked([0]) is None
-    got = batches(stacked, (4, 8), Augment(), rows=[[4, 2]])
-    want = batches(listed, (4, 8), Augment(), rows=[[4, 2]])
-    for (a, x), (b, y) in zip(got, want, strict=True):
-        assert torch.equal(a[4], b[4])
-        assert torch.equal(a[8], b[8])
-        assert torch.equal(x, y)
+    normal = ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    for how in ((Augment(),), (None,), (Augment(), *normal), (None, *normal)):
+        got = batches(stacked, (4, 8), *how, rows=[[4, 2]])
+        want = batches(listed, (4, 8), *how, rows=[[4, 2]])
+        for (a, x), (b, y) in zip(got, want, strict=True):
+            assert torch.equal(a[4], b[4])
+            assert torch.equal(a[8], b[8])
+            assert torch.equal(x, y)
+
+
+def test_an_image_looks_the_same_alone_and_among_others():
+    from torch.utils.data import TensorDataset
+
+    torch.manual_seed(0)
+    many = torch.rand(12, 3, 20, 20)
+    many[3:6] = many[3:6, :1]  # grey, in memory of their own
+    labels = torch.arange(12) % 2
+    grey = [(x[:1].expand(3, -1, -1) if k in (0, 4) else x, int(y))
+            for k, (x, y) in enumerate(zip(many, labels, strict=True))]  # fmt: skip
+    many[0] = many[0, :1]
+    for data in ((many, labels), TensorDataset(many, labels), grey):
+        opened = open_labelled(data)
+        for how in (None, Augment(), Augment(area=(0.8, 1), ratio=(1, 1))):
+            ((whole, _),) = batches(opened, (8, 20), how, rows=[range(12)])
+            alone = batches(opened, (8, 20), how, rows=[[k] for k in range(12)])
+            for side in (8, 20):
+                assert torch.equal(whole[side], torch.cat([look[side] for look, _ in alone]))
+
+
+def test_a_scale_also_sees_the_sizes_that_it_serves():
+    data = open_labelled((torch.rand(200, 1, 40, 40), torch.zeros(200, dtype=torch.int64)))
+    rows = [[k, 0, 1] for k in range(200)]
+    served = ((8, 15), (16, 30), (31, 40))
+    how = dict(augment=Augment(area=(1, 1), ratio=(1, 1), flip=False), seed=3)
+    plain = batches(data, (8, 24, 40), **how, rows=rows)
+    mixed = batches(data, (8, 24, 40), **how, served=served, rows=rows)
+    seen = set()
+    for k, ((a, _), (b, _)) in enumerate(zip(plain, mixed, strict=True)):
+        assert torch.equal(a[8], b[8])  # what is larger than the scale is not shrunk first
+        image = data.stacked(rows[k])[0]
+        same = [s for s in range(16, 25) if torch.equal(b[24], resize(resize(image, s), 24))]
+        assert len(same) == 1
+        seen |= set(same)
+    assert seen == set(range(16, 25))
+    half = batches(data, (8, 24, 40), **how, served=served, between=0.5, rows=rows)
+    sharp = [torch.equal(a[40], b[40]) for (a, _), (b, _) in zip(plain, half, strict=True)]
+    assert 80 <= sum(sharp) <= 140  # half of 200, and where 40 px were drawn
+    again = batches(data, (8, 24, 40), **how, served=served, rows=rows[7:9])
+    assert torch.equal(again[1][0][40], mixed[8][0][40])  # the batch alone decides, not its place
 
 
 def test_grey_glyphs_are_resized_once_and_equal_to_three_channels():
     data = open_labelled("glyphs", n_images=62)
-    ((looks, _),) = batches(data, (16, 64), augmentation("auto", data), rows=[[1, 40]])
     whole = open_labelled((data.stacked(range(62))[0].contiguous(), data.stacked(range(62))[1]))
-    ((want, _),) = batches(whole, (16, 64), augmentation("auto", whole), rows=[[1, 40]])
-    assert looks[16].shape == (2, 3, 16, 16)
-    for side in (16, 64):
-        assert torch.equal(looks[side], want[side])
+    for how in (augmentation("auto", data), None):
+        ((looks, _),) = batches(data, (16, 64), how, rows=[[1, 40]])
+        ((want, _),) = batches(whole, (16, 64), how, rows=[[1, 40]])
+        assert looks[16].shape == (2, 3, 16, 16)
+        for side in (16, 64):
+            assert torch.equal(looks[side], want[side])
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from decimal import Decimal, getcontext
 import pytest
 
 from msun import policy
-from msun.policy import POLICIES, Policy, check_scales, merge_grid, policy_of, route
+from msun.policy import POLICIES, Policy, check_scales, merge_grid, policy_of, route, served
 
 PAPER = (32, 128, 224)
 
@@ -37,6 +37,12 @@ def test_ties_go_to_the_larger():
     assert route((50, 200), 100, 100, "nearest") == 200
 
 
+def test_what_each_scale_serves():
+    assert served((8, 32, 56), "nearest") == {8: (8, 15), 32: (16, 42), 56: (43, 56)}
+    assert served((8, 32, 56), "ceil") == {8: (8, 8), 32: (9, 32), 56: (33, 56)}
+    assert served((64,), "ceil") == {64: (64, 64)}
+
+
 def test_a_size_is_its_geometric_mean():
     assert route(PAPER, 128, 128, "ceil") == route(PAPER, 64, 256, "ceil") == 128
     assert route(PAPER, 64, 257, "ceil") == 224
@@ -64,6 +70,12 @@ def test_lean_follows_the_input():
     assert grid(lean, 64, scale=224) == (16, 16)  # never for the reference scale
     assert grid(lean, 128, full=(7, 7)) == (4, 4)  # halves are rounded up
     assert grid(lean, 64, 16) == (56, 14)
+
+
+def test_native_takes_every_image_on_its_own_grid():
+    native = Policy(merge="native")
+    assert [grid(native, s) for s in (8, 64, 128, 224)] == [(2, 2), (16, 16), (32, 32), (56, 56)]
+    assert grid(native, 64, 16) == (16, 4)
 
 
 def test_a_grid_never_vanishes():

@@ -1,0 +1,212 @@
+"""The arms: how each is built from the same backbone, how it is trained, how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from experiments.scales.nets import backbone
+from experiments.scales.tasks import Task
+from msun import MSUN, build
+
+__all__ = ["ARMS", "PAIRS", "READINGS", "Arm", "made", "plain_net", "step_macs"]
+
+_STOCK = {"subnets": "shared", "merge": "native"}  # the backbone itself, at every size
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training one network.
+
+    Attributes:
+        about: in words.
+        choices: of `msun.build`.
+        scales: "all", "largest", or one side in pixels.
+        enlarge: small images first: "no", "lean" (to `Task.least`) or "full".
+        constraint: of the training; None is the policy's.
+        distill: weight of ensemble distillation.
+        between: share of the steps in which a scale learns the sizes that are resized to it.
+        rate_of: the arm whose learning rate it takes: its family is tuned as one.
+        readings: label -> how the trained network is measured (see `READINGS`); the first decides
+            what is chosen on validation.
+        paces: the arm whose number of steps it takes, instead of equal MACs.
+    """
+
+    about: str
+    choices: Mapping[str, str] = field(default_factory=dict)
+    scales: str | int = "all"
+    enlarge: str = "no"
+    constraint: str | None = "none"
+    distill: float = 0.0
+    between: float = 0.0
+    rate_of: str = ""
+    readings: Mapping[str, str] = field(default_factory=dict)
+    paces: str = ""
+
+
+def _private(label: str) -> dict[str, str]:
+    """Readings of a network with batch norms of its own for each scale."""
+    return {label: "calibrated", f"{label}, fed": "fed"}
+
+
+# How a trained network is measured:
+#   plain         as it is; sizes between the scales use the statistics of the nearest
+#   calibrated    statistics re-estimated for sizes that were not trained
+#   recalibrated  statistics re-estimated for every size
+#   fed           an image is resized to the scale that serves it, and has its statistics
+#   upsampled     images enlarged to the reference
+#   upsampled, recalibrated; fed, recalibrated    both
+READINGS = ("plain", "calibrated", "recalibrated", "fed", "fed, recalibrated", "upsampled",
+            "upsampled, recalibrated")  # fmt: skip
+
+ARMS: dict[str, Arm] = {
+    "single": Arm(
+        "one scale, the largest", scales="largest", rate_of="single",
+        readings={"a": "upsampled", "a+bn": "upsampled, recalibrated", "b": "plain",
+                  "b+bn": "recalibrated"},
+    ),
+    "single, lean's steps": Arm(
+        "(a) at equal epochs", scales="largest", rate_of="single", paces="lean",
+        readings={"a=epochs": "upsampled"},
+    ),
+    "c1": Arm(
+        "multi-scale, all enlarged to full", {**_STOCK, "norm": "shared"}, enlarge="full",
+        rate_of="c2", readings={"c1+bn": "recalibrated", "c1": "plain"},
+    ),
+    "c2": Arm(
+        "multi-scale native, shared BN", {**_STOCK, "norm": "shared"}, rate_of="c2",
+        readings={"c3": "recalibrated", "c3, fed": "fed, recalibrated", "c2": "plain"},
+    ),
+    "c2, enlarged": Arm(
+        "multi-scale, small images enlarged to lean's MACs, shared BN",
+        {**_STOCK, "norm": "shared"}, enlarge="lean", rate_of="c2",
+        readings={"c3, enlarged": "recalibrated",
+                  "c3, enlarged, fed": "fed, recalibrated"},
+    ),
+    "d1": Arm("private BN", {**_STOCK, "norm": "private"}, rate_of="g",
+              readings=_private("d1")),
+    "d2": Arm("private BN + distillation", {**_STOCK, "norm": "private"}, distill=1.0,
+              rate_of="g", readings=_private("d2")),
+    "d3": Arm("private BN, small images enlarged to lean's MACs", {**_STOCK, "norm": "private"},
+              enlarge="lean", rate_of="g", readings=_private("d3")),
+    "d3+kd": Arm("d3 + distillation", {**_STOCK, "norm": "private"}, enlarge="lean", distill=1.0,
+                 rate_of="g", readings=_private("d3+kd")),
+    "g": Arm("private BN, one head whose stride follows the scale", {"subnets": "shared"},
+             rate_of="g", readings=_private("g")),
+    "g+kd": Arm("g + distillation", {"subnets": "shared"}, distill=1.0, rate_of="g",
+                readings=_private("g+kd")),
+    "d3+between": Arm(
+        "d3, each scale learns the sizes that are resized to it", {**_STOCK, "norm": "private"},
+        enlarge="lean", between=0.5, rate_of="g", readings={"d3+between": "fed"},
+    ),
+    "g+between": Arm(
+        "g, each scale learns the sizes that are resized to it", {"subnets": "shared"},
+        between=0.5, rate_of="g", readings={"g+between": "fed"},
+    ),
+    "lean+between": Arm(
+        "lean, each scale learns the sizes that are resized to it", constraint=None, between=0.5,
+        rate_of="g", readings={"lean+between": "fed"},
+    ),
+    "lean+always": Arm(
+        "lean+between in every step", constraint=None, between=1.0, rate_of="g",
+        readings={"lean+always": "fed"},
+    ),
+    "c2+between": Arm(
+        "c2, each scale learns the sizes that are resized to it", {**_STOCK, "norm": "shared"},
+        between=0.5, rate_of="c2", readings={"c3+between": "fed, recalibrated"},
+    ),
+    "own": Arm("lean without its constraint", rate_of="g", readings=_private("own")),
+    "lean": Arm("MSUN lean", constraint=None, rate_of="g", readings=_private("lean")),
+    "own+kd": Arm("lean, distillation instead of the constraint", distill=1.0, rate_of="g",
+                  readings=_private("own+kd")),
+    "lean+kd": Arm("MSUN lean + distillation", constraint=None, distill=1.0, rate_of="g",
+                   readings=_private("lean+kd")),
+    "own, shared bn": Arm("own subnets, one BN in the trunk", {"norm": "shared"}, rate_of="g",
+                          readings={"own, shared bn+bn": "recalibrated",
+                                    "own, shared bn": "plain"}),
+    "own, full": Arm("own subnets, private BN, trunk always at the full grid", {"merge": "full"},
+                     rate_of="paper", readings=_private("own, full")),
+    "paper, free": Arm("MSUN paper without its constraint", {"preset": "paper"}, rate_of="paper",
+                       readings={"paper, free+bn": "recalibrated", "paper, free": "plain"}),
+    "paper": Arm("MSUN paper", {"preset": "paper"}, constraint=None, rate_of="paper",
+                 readings={"paper": "plain", "paper+bn": "recalibrated",
+                           "paper, fed": "fed", "paper+bn, fed": "fed, recalibrated"}),
+    "line small": Arm("a network for the smallest scale alone, enlarged as d3", scales=0,
+                      enlarge="lean", rate_of="single", readings={"line small": "plain"}),
+    "line middle": Arm("a network for the middle scale alone", scales=1, enlarge="lean",
+                       rate_of="single", readings={"line middle": "plain"}),
+}  # fmt: skip
+
+# The comparisons that are made, arm - other, on the same images by the same seed.
+_ASKED: dict[str, tuple[str, ...]] = {
+    "lean": ("paper", "paper+bn", "c3", "c3, enlarged", "d1", "d2", "d3", "g", "own", "a", "a+bn",
+             "a=epochs", "c1+bn", "line small", "line middle"),
+    "lean, fed": ("lean", "paper", "paper, fed", "paper+bn, fed", "c3, fed", "c3, enlarged, fed",
+                  "d1, fed", "d2, fed", "d3, fed", "g, fed", "own, fed", "a", "a+bn", "a=epochs",
+                  "c1+bn"),
+    "lean+between": ("lean, fed", "lean+always", "g+between", "d3+between", "c3+between", "paper",
+                     "paper, fed", "a", "a+bn", "a=epochs", "c1+bn"),
+    "g+between": ("g, fed", "d3+between", "c3+between", "a", "a+bn"),
+    "d3+between": ("d3, fed", "c3+between"),
+    "c3+between": ("c3, fed",),
+    "lean+kd, fed": ("lean, fed", "g+kd, fed", "d3+kd, fed", "d2, fed", "own+kd, fed"),
+    "own, fed": ("g, fed", "own, full, fed"),
+    "own": ("own, shared bn+bn",),
+    "own+kd, fed": ("own, fed",),
+    "g": ("d1", "d3", "c3", "paper"),
+    "g, fed": ("g", "d1, fed", "d3, fed", "c3, fed", "c3, enlarged, fed", "paper, fed", "a",
+               "a+bn"),
+    "g+kd, fed": ("g, fed", "d3+kd, fed"),
+    "d3, fed": ("d3", "c3, enlarged, fed", "d1, fed"),
+    "d3+kd, fed": ("d3, fed",),
+    "d2, fed": ("d1, fed",),
+    "d1, fed": ("c3, fed",),
+    "c3": ("c2", "c1+bn"),
+    "c3, fed": ("c3",),
+    "paper, fed": ("paper",),
+    "paper+bn": ("paper", "paper, free+bn", "own, full"),
+    "a+bn": ("a",),
+}  # fmt: skip
+PAIRS = frozenset((arm, other) for arm, others in _ASKED.items() for other in others)
+
+
+def made(arm: Arm, task: Task, net: str, *, at: str, seed: int, enlarge: str | None = None) -> MSUN:
+    """The untrained network of an arm; the backbone's weights follow from the seed alone.
+
+    Args:
+        arm: which.
+        task: gives scales, channels and classes.
+        net: the backbone's name.
+        at: the cut.
+        seed: of the weights.
+        enlarge: in place of the arm's own.
+    """
+    plain = plain_net(arm, task, net, seed=seed, enlarge=enlarge)
+    return build(plain, at, trained(arm, task), **arm.choices)  # type: ignore[arg-type]
+
+
+def plain_net(
+    arm: Arm, task: Task, net: str, *, seed: int, enlarge: str | None = None
+) -> nn.Sequential:
+    """The backbone of an arm, untrained."""
+    least = {"no": 0, "lean": task.least, "full": task.reference}[enlarge or arm.enlarge]
+    plain = backbone(
+        net, channels=task.channels, classes=task.classes, reference=task.reference,
+        strides=task.strides, least=least, seed=seed,
+    )  # fmt: skip
+    return plain.to(memory_format=torch.channels_last)  # faster on a CPU
+
+
+def trained(arm: Arm, task: Task) -> tuple[int, ...]:
+    """The sides that an arm is trained at, in pixels."""
+    if arm.scales == "all":
+        return task.scales
+    return (task.reference,) if arm.scales == "largest" else (task.scales[int(arm.scales)],)
+
+
+def step_macs(net: MSUN) -> int:
+    """Forward MACs of one image in one step of training: each scale once."""
+    return sum(net.macs(side) for side in net.scales)

@@ -1,0 +1,222 @@
+"""One run: trained, measured, written into the ledger."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from experiments.scales.arms import ARMS, PAIRS, made, step_macs
+from experiments.scales.ledger import Ledger
+from experiments.scales.manifest import BATCH, RATE_BUDGET, UNIT, Run, rates
+from experiments.scales.split import choices
+from experiments.scales.stats import paired
+from experiments.scales.tasks import Held, Task, held
+from msun import TrainConfig, calibrate, evaluate, recalibrated, train
+from msun.model import MSUN
+from msun.policy import route
+from msun.scores import Predictions
+
+__all__ = ["Bench", "steps_of"]
+
+RE_ESTIMATED_ON = 512  # training images, for the statistics of each size
+
+
+def steps_of(run: Run, task: Task, *, unit: int = UNIT) -> int:
+    """Steps of a run: the MACs of `budget` x `unit` images through the single-scale network."""
+    single = step_macs(made(ARMS["single"], task, run.net, at=run.cut, seed=0))
+    paced = ARMS[run.spec.paces] if run.spec.paces else run.spec
+    own = step_macs(made(paced, task, run.net, at=run.cut, seed=0))
+    return max(1, round(run.budget * unit * single / (own * BATCH)))
+
+
+class Bench:
+    """Where runs are executed.
+
+    Args:
+        work: folder for images, networks and predictions; may be lost between sessions.
+        ledger: the tables that are kept.
+        tasks: by name.
+        data: folder with images/ for CIFAR-10.
+        unit: images of the single-scale network that are a budget of 1.
+        say: told what happens.
+    """
+
+    def __init__(
+        self,
+        work: Path,
+        ledger: Ledger,
+        tasks: dict[str, Task],
+        *,
+        data: Path | None = None,
+        unit: int = UNIT,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.work, self.ledger, self.tasks = work, ledger, tasks
+        self.data, self.unit, self.say = data, unit, say
+        self._held: dict[tuple[str, str], Held] = {}
+
+    def images(self, task: Task, split: str) -> Held:
+        """The images of a split, opened once."""
+        if (task.name, split) not in self._held:
+            self._held[task.name, split] = held(task, split, self.work, self.data)
+        return self._held[task.name, split]
+
+    def rate(self, run: Run) -> float:
+        """The learning rate: the run's own, else the best of its family's on validation."""
+        if run.lr is not None:
+            return run.lr
+        frame = self.ledger.read("runs")
+        family = run.spec.rate_of
+        grid = rates(ARMS[family])
+        label = next(iter(ARMS[family].readings))
+        mine = frame[
+            (frame["task"] == run.task) & (frame["net"] == run.net) & (frame["run"] == family)
+            & (frame["arm"] == label) & (frame["split"] == "val") & (frame["seed"] == 0)
+            & (frame["budget"] == RATE_BUDGET) & frame["lr"].isin(grid)
+        ]  # fmt: skip
+        means = mine.groupby("lr")["top1"].mean()
+        if len(means) < len(grid):
+            raise ValueError(f"no learning rate yet for the family {family!r}: run the grid first")
+        return float(means.idxmax())
+
+    def execute(self, run: Run) -> None:
+        """Train, measure, write down what the ledger lacks; a kept network is not trained again."""
+        labels = run.left(self.ledger.done())
+        if not labels:
+            return
+        task, arm, lr = self.tasks[run.task], run.spec, self.rate(run)
+        folder = self.work / "runs" / run.key
+        net = made(arm, task, run.net, at=run.cut, seed=run.seed)
+        steps = steps_of(run, task, unit=self.unit)
+        self.say(f"{run.key}: {steps} steps at lr {lr:g}")
+        began = time.process_time()
+        images = self.images(task, "train")
+        config = TrainConfig(
+            out=folder, max_steps=steps, batch_size=BATCH, lr=lr, seed=run.seed, val_share=0.0,
+            constraint=arm.constraint, distill=arm.distill,
+            between=arm.between, clip=10.0, crop_area=task.area,
+            flip=task.flip, resume=True, progress=False,
+        )  # fmt: skip
+        try:
+            train(net, images, config)
+        except ValueError as error:
+            if "diverged" not in str(error) or run.lr is None:
+                raise
+            self.say(f"{run.key}: {error}")
+            net = made(arm, task, run.net, at=run.cut, seed=run.seed)  # at chance
+        spent = time.process_time() - began
+        rows = self._measured(run, task, labels, net, folder, lr)
+        if run.key not in set(self.ledger.read("trainings")["key"]):
+            row = {
+                **_base(run, lr), "steps": steps, "epochs": steps * BATCH / len(images),
+                "train_gmacs": steps * BATCH * step_macs(net) / 1e9,
+                "params": sum(p.numel() for p in net.parameters()), "loss": _loss(folder),
+                "core_s": spent,
+            }  # fmt: skip
+            self.ledger.add("trainings", [row])
+        self.ledger.add("runs", rows)
+        if run.tested and run.budget == 1:
+            self.ledger.add("pairs", list(self._pairs(run, labels)))
+        if run.arm == "single" and run.tested and run.budget == 1:
+            self.ledger.add("splits", choices(run, task, images, folder / "model.pt"))
+        took = time.process_time() - began
+        seen = [r["top1"] for r in rows if r["arm"] == labels[0]]
+        self.say(f"{run.key}: {took:.0f} core s, {spent:.0f} of them training, "
+                 f"mean {100 * float(np.mean(seen)):.2f}")  # fmt: skip
+
+    def _measured(
+        self, run: Run, task: Task, labels: list[str], net: MSUN, folder: Path, lr: float
+    ) -> list[dict[str, Any]]:
+        """Rows of these readings, on validation, and on test where the run is for that."""
+        rows = []
+        sizes = list(task.sizes) if run.spec.scales in ("all", "largest") else [net.reference]
+        for label in labels:
+            shown, feed = self._read(run, task, net, run.readings[label], sizes)
+            for split in ("val", "test") if run.tested else ("val",):
+                path = predictions(folder, label, split)
+                folder.mkdir(parents=True, exist_ok=True)
+                frame = evaluate(
+                    shown, self.images(task, split), sizes, cka=False, latency=False, feed=feed,
+                    mixed=split == "test" and len(sizes) > 1, batch_size=256, progress=False,
+                    predictions=path,
+                )  # fmt: skip
+                for _, row in frame.iterrows():
+                    view = "mixed" if pd.isna(row["size_px"]) else str(int(row["size_px"]))
+                    rows.append({
+                        **_base(run, lr), "arm": label, "split": split, "view": view,
+                        "n": int(row["n"]), "top1": float(row["top1"]),
+                        "mmacs": float(row["gmacs"]) * 1e3,
+                    })  # fmt: skip
+        return rows
+
+    def _read(
+        self, run: Run, task: Task, net: MSUN, reading: str, sizes: list[int]
+    ) -> tuple[nn.Module, str | Callable[[int], int]]:
+        """The network as a reading sees it, and the side at which an image is fed."""
+        how: dict[str, Any] = {"n_images": RE_ESTIMATED_ON, "batch_size": 256, "progress": False}
+        images = self.images(task, "train")
+        if reading.startswith("fed"):
+            if reading.endswith("recalibrated"):
+                net = recalibrated(net, images, net.scales, **how)
+            return net, lambda side: route(net.scales, side, side, "nearest")
+        shown: MSUN = net
+        if reading.startswith("upsampled"):
+            shown = made(run.spec, task, run.net, at=run.cut, seed=run.seed, enlarge="full")
+            shown.load_state_dict(net.state_dict())
+        every = list(range(min(sizes), max(sizes) + 1))  # mixed sizes are any whole number
+        if reading == "calibrated":
+            shown = calibrate(shown, images, every, **how)
+        elif reading.endswith("recalibrated"):
+            shown = recalibrated(shown, images, every, **how)
+        return shown, "native"
+
+    def _pairs(self, run: Run, labels: list[str]) -> Iterator[dict[str, Any]]:
+        """New readings beside those of the same seed whose predictions are still here."""
+        frame = self.ledger.read("runs")
+        for name in ("task", "net", "cut", "budget", "seed"):
+            frame = frame[frame[name] == getattr(run, name)]
+        frame = frame[frame["split"] == "test"]
+        known = dict.fromkeys(zip(frame["arm"], frame["key"], strict=True))
+        here = [(arm, self.work / "runs" / key) for arm, key in known]
+        base = {name: getattr(run, name) for name in ("task", "net", "cut", "budget", "seed")}
+        for (arm, folder), (other, rival) in product(here, here):
+            new = (arm in labels, folder.name) == (True, run.key)
+            new |= (other in labels, rival.name) == (True, run.key)
+            if new and (arm, other) in PAIRS:
+                a, b = predictions(folder, arm, "test"), predictions(rival, other, "test")
+                if a.exists() and b.exists():
+                    for row in paired(Predictions.load(a), Predictions.load(b)):
+                        yield {**base, "arm": arm, "other": other, **row}
+
+
+def predictions(folder: Path, label: str, split: str) -> Path:
+    """Where a reading's predictions lie."""
+    return folder / f"{label.replace(', ', '_').replace(' ', '-')}-{split}.npz"
+
+
+def _base(run: Run, lr: float) -> dict[str, Any]:
+    return {
+        "task": run.task, "net": run.net, "cut": run.cut, "budget": run.budget, "seed": run.seed,
+        "lr": lr, "run": run.arm, "key": run.key,
+    }  # fmt: skip
+
+
+def _loss(folder: Path) -> float:
+    """Of the last epoch."""
+    path = folder / "metrics.csv"
+    if not path.exists():
+        return float("nan")
+    with path.open(newline="") as file:
+        return float(list(csv.DictReader(file))[-1]["loss"])
+
+
+torch.set_num_threads(1)

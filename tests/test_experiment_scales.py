@@ -1,0 +1,166 @@
+"""The experiment on scales in small: it stops, goes on, counts its MACs and draws from its CSVs."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch.utils.flop_counter import FlopCounterMode
+
+from msun.descent import Descent
+
+
+@pytest.fixture(autouse=True)
+def _from_the_root(monkeypatch, request):
+    monkeypatch.syspath_prepend(str(request.config.rootpath))
+
+
+def bench(folder, results="results"):
+    from experiments.scales.execute import Bench
+    from experiments.scales.ledger import Ledger
+    from experiments.scales.tasks import TASKS, small
+
+    tasks = {"glyphs": small(TASKS["glyphs"], (128, 64, 64), (44, 50, 56))}
+    return Bench(folder, Ledger(folder / results), tasks, unit=256, say=lambda text: None)
+
+
+def short(arm, lr=0.1):
+    from experiments.scales.manifest import Run
+
+    return Run("glyphs", "residual", arm, 0, lr=lr)
+
+
+def test_a_killed_run_goes_on_and_everything_is_drawn_from_the_tables(tmp_path, monkeypatch):
+    from experiments.scales.draw import draw
+
+    whole = bench(tmp_path / "whole")
+    for arm in ("lean", "single"):
+        whole.execute(short(arm))
+
+    killed, descend = bench(tmp_path / "killed"), Descent.descend
+
+    def until_the_second_epoch(self, *args):
+        if self.step == 5:
+            raise KeyboardInterrupt
+        return descend(self, *args)
+
+    monkeypatch.setattr(Descent, "descend", until_the_second_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        killed.execute(short("single"))
+    assert killed.ledger.done() == set()
+    monkeypatch.setattr(Descent, "descend", descend)
+    killed.execute(short("single"))
+    a, b = (x.ledger.read("runs").query("run == 'single'") for x in (killed, whole))
+    assert a["top1"].tolist() == b["top1"].tolist()
+    weights = [
+        torch.load(x.work / "runs" / short("single").key / "model.pt", weights_only=True)["state"]
+        for x in (killed, whole)
+    ]
+    assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
+
+    shutil.rmtree(tmp_path / "whole" / "runs")  # the tables are enough from here on
+    before = whole.ledger.path("runs").read_text()
+    whole.execute(short("lean"))
+    assert whole.ledger.path("runs").read_text() == before
+    page = tmp_path / "README.md"
+    names = ("main glyphs-residual", "verdict glyphs-residual")
+    page.write_text("".join(f"<!-- {n} -->\nold\n<!-- end {n} -->\n" for n in names))
+    for _ in range(2):  # what is drawn twice is the same
+        draw(whole.ledger, tmp_path)
+        text = page.read_text()
+        assert "old" not in text
+        assert "| lean | " in text
+        assert "| lean, fed | " in text
+        assert "within 0.5 of (a) at 56 px" in text
+    drawn = {p.name for p in (tmp_path / "figures").iterdir()}
+    assert {"glyphs-residual-accuracy.png", "glyphs-residual-pareto.png"} <= drawn
+
+
+def test_every_arm_gets_the_same_macs_counted_on_its_forwards():
+    from experiments.scales.arms import ARMS, made
+    from experiments.scales.execute import steps_of
+    from experiments.scales.manifest import BATCH, UNIT, Run
+    from experiments.scales.tasks import TASKS
+
+    task = TASKS["glyphs"]
+    spent = {}
+    for name in ("single", "lean", "paper", "c1", "d3", "line small", "single, lean's steps"):
+        arm = ARMS[name]
+        net = made(arm, task, "residual", at="layer1", seed=0).eval()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            for side in net.scales:
+                net.step(torch.zeros(1, 1, side, side), side)
+        run = Run("glyphs", "residual", name, 0)
+        spent[name] = steps_of(run, task) * BATCH * counter.get_total_flops() / 2
+    equal = [macs for name, macs in spent.items() if not ARMS[name].paces]
+    assert max(equal) / min(equal) < 1.001
+    assert equal[0] == pytest.approx(UNIT * 2.64e6, rel=1e-3)
+    assert spent["single, lean's steps"] < 0.7 * spent["single"]
+
+
+def test_every_comparison_names_arms_and_no_run_comes_twice():
+    from experiments.scales.arms import ARMS, PAIRS, READINGS
+    from experiments.scales.manifest import manifest
+    from experiments.scales.tables import LABELS
+
+    assert {label for pair in PAIRS for label in pair} <= set(LABELS)
+    assert {how for arm in ARMS.values() for how in arm.readings.values()} <= set(READINGS)
+    keys = [run.key for run in manifest()]
+    assert len(keys) == len(set(keys))
+
+
+def test_intervals_and_holm_against_scipy():
+    from experiments.scales.stats import holm, interval
+
+    rng = np.random.default_rng(0)
+    diffs = rng.normal(0.01, 0.02, 5)
+    got = interval(diffs, [0.0] * 5, 1000)
+    want = stats.ttest_1samp(diffs, 0)
+    assert (got.low, got.high) == pytest.approx(tuple(want.confidence_interval(0.95)))
+    assert got.p == pytest.approx(want.pvalue)
+
+    image = rng.choice([-1.0, 0.0, 1.0], 400, p=[0.1, 0.7, 0.2])
+    got = interval([image.mean()], [image.var(ddof=1)], 400)
+    want = stats.ttest_1samp(image, 0)
+    assert (got.low, got.high) == pytest.approx(tuple(want.confidence_interval(0.95)))
+
+    both = interval(diffs, [0.1] * 5, 400)  # images add to what the seeds say
+    assert both.high - both.low > (1.96 * 2) * (0.1 / 400 + np.var(diffs, ddof=1) / 5) ** 0.5
+    assert interval([0.0, 0.0], [0.0, 0.0], 9) == (0, 0, 0, 1, 2)
+
+    ps = [0.01, 0.04, 0.03, 0.005]
+    assert holm(ps) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # Holm 1979, by hand
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_intervals_cover():
+    from experiments.scales.stats import interval
+
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(400):  # images that all seeds share, and seeds
+        shared = rng.normal(0, 1, 200)
+        seeds = [shared + rng.normal(0, 1, 200) + rng.normal(0, 0.1) for _ in range(3)]
+        got = interval([x.mean() for x in seeds], [x.var(ddof=1) for x in seeds], 200)
+        hits += got.low <= 0 <= got.high
+    assert hits >= 0.93 * 400
+
+
+def test_regret_is_measured_on_the_seeds_that_did_not_choose():
+    import pandas as pd
+
+    from experiments.scales.split import regrets
+
+    top1 = {0: {"stem": 70.0, "layer1": 72.0}, 1: {"stem": 71.0, "layer1": 70.5}}
+    cuts = pd.DataFrame([
+        {"task": "t", "net": "n", "seed": s, "cut": c, "top1": x}
+        for s, row in top1.items() for c, x in row.items()
+    ])  # fmt: skip
+    said = pd.DataFrame([
+        {"task": "t", "net": "n", "seed": s, "rule": "r", "layer": c, "score": x, "place": p}
+        for s in (0, 1) for c, x, p in (("stem", 0.9, 1), ("layer1", 0.8, 2))
+    ])  # fmt: skip
+    (row,) = regrets(cuts, said).to_dict("records")
+    # seed 0: seed 1 prefers the stem, as the rule does; seed 1: seed 0 prefers layer1
+    assert row["regret"] == pytest.approx((0.0 + (70.5 - 71.0)) / 2)
