@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from experiments.scales import tables
 from experiments.scales.ledger import Ledger
-from experiments.scales.split import by_cut, regrets
+from experiments.scales.split import by_cut, picks, regrets
 
 __all__ = ["draw"]
 
@@ -36,7 +36,7 @@ PANELS = {  # how images between the scales are met -> the arms' suffix
     "fed as they are": "", "resized to the scale that serves them": ", fed",
     "trained for that, too": "+between",
 }  # fmt: skip
-TICKS = (-30, -10, -3, -1, 0, 1, 3, 10, 30)
+TICKS = (-30, -10, -3, -1, 0, 1, 3, 10, 30, 90)
 
 
 def draw(ledger: Ledger, page: Path) -> None:
@@ -73,6 +73,7 @@ def draw(ledger: Ledger, page: Path) -> None:
     cuts = by_cut(runs, trainings)
     wide = cuts.pivot_table(index=["task", "net", "cut"], values=["top1", "mmacs", "params"])
     blocks["cuts"] = markdown(wide.round(3).reset_index() if len(cuts) else cuts)
+    blocks["choices"] = markdown(picks(ledger.read("splits")))
     blocks["regret"] = markdown(regrets(cuts, ledger.read("splits")))
     fill(page / "README.md", blocks)
 
@@ -175,6 +176,7 @@ def pareto(table: pd.DataFrame) -> Axes:
         y = max([y, *(at + high / 28 for at in near)])  # labels of one column stand in line
         placed.append((x, y))
         ax.text(x + 0.018 * wide, y, str(arm), fontsize=8, va="center")
+    ax.set_ylim(top=max(at for _, at in placed) + high / 28)
     ax.set(xlabel="MMACs an image, mean over the sizes", ylabel="top-1 (%), mean over the sizes")
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
@@ -212,7 +214,7 @@ def forest(rows: pd.DataFrame) -> Axes:
             ax.plot(diff, y, "o", color=colour, markersize=4)
         ax.axvline(0, color="black", linewidth=0.8)
         ax.set_xscale("symlog", linthresh=1)
-        ax.set_xlim(-60, 60)
+        ax.set_xlim(-60, 120)
         ax.xaxis.set_major_locator(FixedLocator(TICKS))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         ax.set_title(words, fontsize=9)

@@ -20,7 +20,7 @@ from experiments.scales.tasks import Held, Task
 from msun import SPLIT_RULES, suggest_split
 from msun.cut import example_images, find_cuts
 
-__all__ = ["by_cut", "choices", "regrets", "single_weights"]
+__all__ = ["by_cut", "choices", "picks", "regrets", "single_weights"]
 
 PROBED = 1_000  # training images, shrunk to the smallest scale and enlarged again
 
@@ -85,6 +85,25 @@ def by_cut(runs: pd.DataFrame, trainings: pd.DataFrame) -> pd.DataFrame:
     named = lean[["task", "net", "seed", "cut", "params"]]
     found = found.merge(named, on=["task", "net", "seed", "cut"])
     return found.drop(columns=["arm", "view"])
+
+
+def picks(said: pd.DataFrame) -> pd.DataFrame:
+    """CKA at the candidate cuts and which of them each rule takes, mean and list over seeds.
+
+    Args:
+        said: the ledger's "splits".
+    """
+    rows = []
+    for (task, net, rule), told in said.groupby(["task", "net", "rule"], sort=False):
+        chosen = told[told["place"] == 1]
+        cka = told.groupby("layer", sort=False)["cka"].mean().round(3)
+        rows.append({
+            "task": task, "net": net, "rule": rule,
+            "cuts": ", ".join(dict.fromkeys(chosen["layer"])) or "none",
+            "clear": f"{int(chosen['clear'].sum())} of {told['seed'].nunique()}",
+            **{f"CKA {layer}": value for layer, value in cka.items()},
+        })  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def regrets(cuts: pd.DataFrame, said: pd.DataFrame) -> pd.DataFrame:
