@@ -110,16 +110,37 @@ def write(rows: list[dict[str, Any]]) -> None:
         writer.writerows([*keep, *rows])
 
 
+def table() -> str:
+    """The ratios of cka-probe as Markdown, from the file of results."""
+    with RESULTS.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = ["| job | threads | against | clock | CPU | peak, MiB (theirs) | error (theirs) |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in rows:
+        if row["contender"] == "cka-probe":
+            same = [row["job"], row["threads"], row["against"]]
+            other = next(r for r in rows if [r["job"], r["threads"], r["contender"]] == same)
+            cells = [*same, f"{row['clock_ratio']}x", f"{row['cpu_ratio']}x"]
+            cells.append(f"{row['peak_mib']} ({other['peak_mib']})")
+            cells.append(f"{row['max_error']} ({other['max_error'] or 'none'})")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("jobs", nargs="*", metavar="JOB", help="part of a name; all where none")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", default="1", help="such as 1,2")
+    parser.add_argument("--table", action="store_true", help="print the results so far, only")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     if args.peak:
         print_peak(*json.loads(args.peak))
+        return
+    if args.table:
+        print(table())
         return
     for threads in map(int, args.threads.split(",")):
         for name in JOBS:
