@@ -102,6 +102,7 @@ class GramBlocks:
             self._held = torch.zeros(self.m, self.n, self.n, dtype=torch.float64)
         else:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self.whole_rows = self._held is None
         self._norms = torch.zeros(self.m, self.n, dtype=torch.float64)
         constant, self.eps = [], []
         panel = self.n if self._held is not None else max(1, memory // (80 * self.n))

@@ -25,6 +25,7 @@ from cka_probe.kernels import (
 )
 from cka_probe.memory import TILE_BYTES
 
+_CACHE_BYTES = 2**24  # of float64 numbers of one tile of every entry, while they are summed
 _BANDWIDTH_ROWS = 256  # of distances at a time, and no fewer than an eighth
 
 
@@ -36,6 +37,7 @@ class Blocks(Protocol):
     constant: np.ndarray[Any, np.dtype[np.bool_]]
     eps: list[float]
     home: torch.device
+    whole_rows: bool  # whether a block costs as much as all columns of its rows
 
     def base(self, i: int, rows: slice, columns: slice) -> Tensor:
         """The kernel's `base` (float64) of entry i for these rows and columns."""
@@ -51,6 +53,7 @@ class FeatureBlocks:
 
     def __init__(self, features: list[Tensor], kernel: Kernel) -> None:
         self.n, self.m, self.kernel = features[0].shape[0], len(features), kernel
+        self.whole_rows = False
         self.home = features[0].device if features[0].device.type == "cuda" else torch.device("cpu")
         self.x: list[Tensor] = []
         constant = []
@@ -161,30 +164,40 @@ class TiledSums:
             step = max(1, min(stop - start, self.tile_bytes // (8 * self.m * width)))
             for top in range(start, stop, step):
                 rows = slice(top, min(top + step, stop))
-                self._add(g, rows, slice(start, self.n))
+                self._add(g, rows)
 
-    def _add(self, g: int, rows: slice, columns: slice) -> None:
-        k = torch.empty(
-            self.m,
-            rows.stop - rows.start,
-            columns.stop - columns.start,
-            dtype=torch.float64,
-            device=self.home,
-        )
-        for i in range(self.m):
-            k[i] = self._block(i, rows, columns)
+    def _add(self, g: int, rows: slice) -> None:
+        """Add the tiles of these rows, of group g, from its own columns on."""
+        for first, last in self._chunks(g, rows.stop - rows.start):
+            left, right = self.bounds[first][0], self.bounds[last - 1][1]
+            shape = (self.m, rows.stop - rows.start, right - left)
+            k = torch.empty(shape, dtype=torch.float64, device=self.home)
+            for i in range(self.m):
+                k[i] = self._block(i, rows, slice(left, right))
+            for h in range(first, last):
+                start, stop = self.bounds[h]
+                tile = k[:, :, start - left : stop - left]  # (m, r, c)
+                v = tile.flatten(1)  # (m, r*c)
+                product = v @ v.T
+                self.a[g] += product
+                self.rows[:, rows, h] += tile.sum(2)
+                if h == g:
+                    self.a_own[g] += product
+                else:  # the mirror tile below the diagonal
+                    self.a[h] += product
+                    self.rows[:, start:stop, g] += tile.sum(1)
+
+    def _chunks(self, g: int, rows: int) -> list[tuple[int, int]]:
+        """Groups g.. in runs whose tiles fit a cache; one run where the source reads whole rows."""
+        if self.source.whole_rows:
+            return [(g, self.groups)]
+        width = max(1, _CACHE_BYTES // (8 * self.m * rows))
+        chunks, first = [], g
         for h in range(g, self.groups):
-            start, stop = self.bounds[h]
-            tile = k[:, :, start - columns.start : stop - columns.start]  # (m, r, c)
-            v = tile.flatten(1)  # (m, r*c)
-            product = v @ v.T
-            self.a[g] += product
-            self.rows[:, rows, h] += tile.sum(2)
-            if h == g:
-                self.a_own[g] += product
-            else:  # the mirror tile below the diagonal
-                self.a[h] += product
-                self.rows[:, start:stop, g] += tile.sum(1)
+            if h > first and self.bounds[h][1] - self.bounds[first][0] > width:
+                chunks.append((first, h))
+                first = h
+        return [*chunks, (first, self.groups)]
 
     def hsic(self, leave_out: int | None = None) -> tuple[Array, Array]:
         """HSIC of all pairs (m, m) and the rounding floor (m,), with a group left out or none."""
