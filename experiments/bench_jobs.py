@@ -55,15 +55,20 @@ def by_pytorch_cka(model: nn.Module, layers: list[str], images: Tensor, batch: i
 
 
 def by_torch_cka(model: nn.Module, layers: list[str], views: list[Tensor], batch: int) -> Tensor:
-    """Every pair of views, each a comparison of its own: it compares two inputs at a time."""
+    """Every pair of views, each a comparison of its own: it compares two inputs at a time.
+
+    It ends with an AssertionError where a cell is nan, as here, after all of its work: the time
+    counts, the nan stays.
+    """
     lib, m = importlib.import_module("torch_cka"), len(layers)
     out = torch.ones(len(views) * m, len(views) * m)
     with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
         for i in range(len(views)):
             for j in range(i + 1):
                 run = lib.CKA(model, model, "a", "b", layers, layers, device="cpu")
-                run.compare(loader(views[i], batch), loader(views[j], batch))
-                cells = run.export()["CKA"]
+                with contextlib.suppress(AssertionError):
+                    run.compare(loader(views[i], batch), loader(views[j], batch))
+                cells = run.hsic_matrix
                 out[i * m : (i + 1) * m, j * m : (j + 1) * m] = cells
                 out[j * m : (j + 1) * m, i * m : (i + 1) * m] = cells.T
     return out
