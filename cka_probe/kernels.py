@@ -20,7 +20,7 @@ SMALL_N = 32  # below this the Gram is taken in float64: it costs nothing and co
 _CHUNK_ROWS = 1024  # fixed, so that a float64 mean does not depend on how features were batched
 _CHUNK_NUMBERS = 2**22  # and wide features take fewer rows at a time, by their width alone
 _SPLIT_N = 64  # from here on a quarter of a batch's Gram is mirrored, not multiplied
-_TILE_BYTES = 2**21  # of a batch's columns, centred while they are in the cache
+_TILE_BYTES = 2**22  # of a batch's columns, centred while they are in the cache
 _SAFE_TRACE = (1e-18, 1e30)  # squared norms that float32 products hold without loss
 
 Block = Callable[[Tensor, Tensor], Tensor]
