@@ -129,9 +129,10 @@ class Crops:
         mean: Channel means to normalise with; None normalises nothing.
         std: Channel standard deviations.
         seed: Of the crops.
-        served: For each scale the lowest and highest side that is resized to it: all crops of a
-            batch are first shrunk to one drawn from them, where it is below the scale. Empty: no.
+        served: For each scale the lowest and highest side that it serves: all crops of a batch are
+            first shrunk to one drawn from them, where it is below the scale. Empty: no.
         between: In what share of the batches, scale by scale.
+        native: Scales whose crops stay at the side drawn, which may then be above the scale.
     """
 
     data: Labelled
@@ -142,6 +143,7 @@ class Crops:
     seed: int = 0
     served: tuple[tuple[int, int], ...] = ()
     between: float = 1.0
+    native: tuple[int, ...] = ()
 
     def batches(
         self, rows: Sequence[Sequence[int]], *, epoch: int = 0, workers: int = 0
@@ -156,7 +158,8 @@ class Crops:
             workers: Processes that decode; 0 decodes here, as do images that lie in memory.
 
         Returns:
-            A generator of ({side: (b, c, side, side)}, labels (b,)).
+            A generator of ({scale: (b, c, side, side)}, labels (b,)); the side is the scale, but
+            for those of `native`.
         """
         work = _Batches(self, [list(map(int, batch)) for batch in rows], epoch)
         every = range(len(rows))
@@ -200,7 +203,8 @@ class _Batches(Dataset[Any]):
         for side, (low, high) in zip(crops.scales, crops.served, strict=False):
             u, whether = generator.random(2)
             if whether < crops.between:
-                drawn[side] = min(side, int(low * ((high + 1) / low) ** u))
+                first = int(low * ((high + 1) / low) ** u)
+                drawn[side] = first if side in crops.native else min(side, first)
         return drawn
 
     def _looks(self, images: list[Tensor], first: dict[int, int]) -> dict[int, Tensor]:
@@ -218,7 +222,8 @@ class _Batches(Dataset[Any]):
             else:
                 finish = View(None, None, True, *self.normal)
                 small = [resize(b, first[side]) if side in first else b for b in blocks]
-                parts = [finish(resize(block, side)) for block in small]
+                whole = first.get(side, side) if side in crops.native else side
+                parts = [finish(resize(block, whole)) for block in small]
             looks[side] = parts[0] if len(parts) == 1 else torch.cat(parts)[back]
         return looks
 

@@ -152,7 +152,7 @@ class MSUN(nn.Module):
         scale = self.route(*size) if scale is None else scale
         head = self.head(scale)
         self._select(scale, size)
-        given = fed(self.policy, *size, scale)
+        given = fed(self.policy, *size, scale, self.reference)
         try:
             z: Tensor = head(resized(x, given, antialias=self.policy.antialias))
         except Exception:

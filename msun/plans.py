@@ -83,7 +83,7 @@ class Planner:
             ValueError: a size that the subnet cannot take.
         """
         scale = route(self.scales, h, w, self.policy.routing) if scale is None else scale
-        h, w = fed(self.policy, h, w, scale)
+        h, w = fed(self.policy, h, w, scale, self.scales[-1])
         seen = self._head_sees(scale, h, w)
         if seen.fault:
             raise ValueError(

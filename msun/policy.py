@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 __all__ = ["POLICIES", "Policy", "check_scales", "fed", "merge_grid", "policy_of", "register"]
-__all__ += ["route", "served"]
+__all__ += ["is_native", "route", "served"]
 
 Grid = tuple[int, int]
 
@@ -31,8 +31,10 @@ class Policy:
         norm: batch norms that several scales use: one "shared" by all, or one "private" to each.
         routing: "ceil", the smallest scale that is not below the input, else the largest, or
             "nearest" in log ratio, ties to the larger.
-        inputs: "native", an image is fed as it is, or "scale", resized to the scale that serves it,
-            in its aspect: for sizes between the scales, which the subnets were not trained on.
+        inputs: "scale", an image is resized to the scale that serves it, in its aspect, since sizes
+            between the scales are not what the subnets learned; "native", it is fed as it is; or
+            "small", resized where a scale below the reference serves it, else fed as it is, so
+            that no size costs more than the reference's own cost at it.
         antialias: whether maps are shrunk to the merge grid with antialiasing.
         constraint: what training pulls together by default: "raw" or "normalised" features.
     """
@@ -70,7 +72,7 @@ _VALUES: dict[str, tuple[object, ...]] = {
     "merge": ("full", "follow", "native"),
     "norm": ("shared", "private"),
     "routing": ("ceil", "nearest"),
-    "inputs": ("native", "scale"),
+    "inputs": ("native", "small", "scale"),
     "antialias": (True, False),
     "constraint": ("none", "raw", "normalised", "cka"),
 }
@@ -165,7 +167,18 @@ def served(scales: Sequence[int], routing: str) -> dict[int, tuple[int, int]]:
     return found
 
 
-def fed(policy: Policy, h: int, w: int, scale: int) -> Grid:
+def is_native(policy: Policy, scale: int, reference: int) -> bool:
+    """Whether a subnet gets images as they are.
+
+    Args:
+        policy: the choices.
+        scale: whose subnet.
+        reference: the largest scale.
+    """
+    return policy.inputs == "native" or (policy.inputs == "small" and scale == reference)
+
+
+def fed(policy: Policy, h: int, w: int, scale: int, reference: int) -> Grid:
     """The size at which a subnet gets an image.
 
     Args:
@@ -173,8 +186,9 @@ def fed(policy: Policy, h: int, w: int, scale: int) -> Grid:
         h: height of the image in pixels.
         w: width in pixels.
         scale: the scale whose subnet serves it.
+        reference: the largest scale.
     """
-    return (h, w) if policy.inputs == "native" else _shaped((scale, scale), h, w)
+    return (h, w) if is_native(policy, scale, reference) else _shaped((scale, scale), h, w)
 
 
 def merge_grid(

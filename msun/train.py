@@ -21,7 +21,7 @@ from msun.crops import Crops, augmentation, shuffled
 from msun.data import open_labelled
 from msun.descent import Descent, DivergedError
 from msun.model import MSUN
-from msun.policy import served
+from msun.policy import is_native, served
 from msun.recipe import TrainConfig, refuse_other
 from msun.scores import judge
 from msun.train_state import CONFIG, METRICS, MODEL, STATE
@@ -134,8 +134,9 @@ class _Run:
         scales = tuple(self.model.scales)
         sides = served(scales, self.model.policy.routing) if config.between else {}
         first = tuple(sides[scale] for scale in scales if sides)
+        native = tuple(scale for scale in scales if is_native(self.model.policy, scale, scales[-1]))
         self.crops = Crops(data, scales, self.augment, self.mean, self.std, config.seed, first,
-                           config.between)  # fmt: skip
+                           config.between, native)  # fmt: skip
         self.looks = Crops(data, scales, None, self.mean, self.std, config.seed)
 
     @torch.no_grad()

@@ -99,6 +99,109 @@ def test_every_arm_gets_the_same_macs_counted_on_its_forwards():
     assert spent["single, lean's steps"] < 0.7 * spent["single"]
 
 
+def test_macs_of_a_step_on_drawn_sizes_are_those_of_the_draws():
+    from experiments.scales.arms import ARMS, made, step_macs
+    from experiments.scales.tasks import TASKS
+    from msun.crops import Augment, Crops
+    from msun.data import open_labelled
+    from msun.policy import is_native, served
+
+    data = open_labelled((torch.rand(2000, 1, 8, 8), torch.zeros(2000, dtype=torch.int64)))
+    whole = Augment(area=(1, 1), ratio=(1, 1), flip=False)
+    for name in ("lean+small", "lean+native", "lean+between"):
+        net = made(ARMS[name], TASKS["glyphs"], "residual", at="layer1", seed=0)
+        ranges = tuple(served(net.scales, net.policy.routing).values())
+        native = tuple(s for s in net.scales if is_native(net.policy, s, net.reference))
+        crops = Crops(data, net.scales, whole, None, None, 0, ranges, 0.5, native)
+        drawn = [
+            sum(net.plan(x.shape[-1], scale=s).macs for s, x in looks.items())
+            for looks, _ in crops.batches([[k] for k in range(2000)])
+        ]
+        assert np.mean(drawn) == pytest.approx(step_macs(net, 0.5), rel=0.01)
+        if not native:
+            assert len(set(drawn)) == 1
+
+
+def test_a_rate_is_chosen_inside_its_grid_or_the_grid_grows():
+    from experiments.scales.arms import ARMS
+    from experiments.scales.manifest import WIDER, rate_runs, rates
+
+    def asked(known):
+        return [run.lr for run in rate_runs("glyphs", "residual", "g", known)]
+
+    low, mid, high = rates(ARMS["g"])
+    assert asked({}) == [low, mid, high]
+    assert asked({low: 0.1, high: 0.3}) == [mid]
+    assert asked({low: 0.1, mid: 0.3, high: 0.2}) == []
+    known = {low: 0.3, mid: 0.2, high: 0.1}
+    for k in range(WIDER):
+        (lr,) = asked(known)
+        assert lr == pytest.approx(low / 2 ** (k + 1))
+        known[lr] = 0.4 + k / 10
+    assert asked(known) == []  # grown enough: the page names it
+    assert asked({low: 0.1, mid: 0.2, high: 0.3}) == [2 * high]
+
+
+def test_two_processes_share_the_runs_and_neither_loses_a_row(tmp_path):
+    import multiprocessing
+
+    from experiments.scales.ledger import Ledger
+
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        pool.starmap(_add, [(str(tmp_path), k) for k in (0, 1)])
+    frame = Ledger(tmp_path).read("runs")
+    assert sorted(frame["key"]) == sorted(f"{k}-{i}" for k in (0, 1) for i in range(40))
+
+
+def _add(folder, k):
+    import pathlib
+    import sys
+
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+    from experiments.scales.ledger import Ledger
+
+    for i in range(40):
+        Ledger(pathlib.Path(folder)).add("runs", [{"key": f"{k}-{i}", "view": "8"}])
+
+
+def test_what_is_in_hand_elsewhere_is_left_alone_and_rates_come_first(tmp_path, monkeypatch):
+    from filelock import FileLock
+
+    from experiments.scales.__main__ import work_through
+    from experiments.scales.manifest import Run
+
+    here, done = bench(tmp_path), []
+    monkeypatch.setattr(
+        here, "execute", lambda run: (done.append(run.key), here.ledger.add("runs", _rows(run)))
+    )
+    runs = [Run("glyphs", "residual", arm, 0) for arm in ("single", "d3")]
+    (tmp_path / "claims").mkdir()
+    other = FileLock(tmp_path / "claims" / runs[0].key)
+    monkeypatch.setattr("time.sleep", lambda s: other.release())  # ... and free then
+    with other:
+        work_through(here, runs, pause_s=0)
+    assert done[-1] == runs[0].key
+    assert done.index(runs[1].key) == len(done) - 2
+    rates = [key for key in done if "_lr" in key]
+    assert len(rates) == len(done) - 2 >= 6
+    work_through(here, runs, pause_s=0)
+    assert len(done) == len(rates) + 2
+    (tmp_path / "stop").touch()
+    work_through(here, [Run("glyphs", "residual", "c2", 0)], pause_s=0)
+    assert len(done) == len(rates) + 2
+
+
+def _rows(run):
+    """Rows as of a run; the middle rate is best."""
+    best = {0.05: 0.9, 0.15: 0.9}.get(run.lr, 0.5)
+    return [
+        {"task": run.task, "net": run.net, "run": run.arm, "seed": run.seed, "budget": run.budget,
+         "lr": run.lr or 0.05, "split": "val", "view": "8", "arm": label, "top1": best,
+         "key": run.key}
+        for label in run.readings
+    ]  # fmt: skip
+
+
 def test_every_comparison_names_arms_and_no_run_comes_twice():
     from experiments.scales.arms import ARMS, PAIRS, READINGS
     from experiments.scales.manifest import manifest

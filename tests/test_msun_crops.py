@@ -131,6 +131,26 @@ def test_a_scale_also_sees_the_sizes_that_it_serves():
     assert torch.equal(again[1][0][40], mixed[8][0][40])  # the batch alone decides, not its place
 
 
+def test_a_native_scale_keeps_the_sizes_that_it_serves():
+    data = open_labelled((torch.rand(60, 1, 40, 40), torch.zeros(60, dtype=torch.int64)))
+    rows = [[k, 0, 1] for k in range(60)]
+    how = dict(augment=Augment(area=(1, 1), ratio=(1, 1), flip=False), seed=3, rows=rows,
+               served=((8, 15), (16, 30), (31, 44)))  # fmt: skip
+    resized = batches(data, (8, 24, 40), **how)
+    native = batches(data, (8, 24, 40), **how, native=(24, 40))
+    seen = {24: set(), 40: set()}
+    for k, ((a, _), (b, _)) in enumerate(zip(resized, native, strict=True)):
+        assert torch.equal(a[8], b[8])
+        for scale, sides in seen.items():
+            side = b[scale].shape[-1]
+            sides.add(side)
+            assert torch.equal(b[scale], resize(data.stacked(rows[k])[0], side))
+    assert min(seen[24]) == 16
+    assert 28 <= max(seen[24]) <= 30  # above the scale as well
+    assert min(seen[40]) == 31
+    assert 42 <= max(seen[40]) <= 44
+
+
 def test_grey_glyphs_are_resized_once_and_equal_to_three_channels():
     data = open_labelled("glyphs", n_images=62)
     whole = open_labelled((data.stacked(range(62))[0].contiguous(), data.stacked(range(62))[1]))

@@ -6,7 +6,17 @@ from decimal import Decimal, getcontext
 import pytest
 
 from msun import policy
-from msun.policy import POLICIES, Policy, check_scales, merge_grid, policy_of, route, served
+from msun.policy import (
+    POLICIES,
+    Policy,
+    check_scales,
+    fed,
+    is_native,
+    merge_grid,
+    policy_of,
+    route,
+    served,
+)
 
 PAPER = (32, 128, 224)
 
@@ -76,6 +86,20 @@ def test_native_takes_every_image_on_its_own_grid():
     native = Policy(merge="native")
     assert [grid(native, s) for s in (8, 64, 128, 224)] == [(2, 2), (16, 16), (32, 32), (56, 56)]
     assert grid(native, 64, 16) == (16, 4)
+
+
+def test_what_a_subnet_gets():
+    for inputs, got in {
+        "native": [(20, 20), (50, 50), (20, 45)],
+        "small": [(32, 32), (50, 50), (21, 48)],
+        "scale": [(32, 32), (64, 64), (21, 48)],
+    }.items():
+        how = Policy(inputs=inputs)
+        sizes = [(20, 20, 32), (50, 50, 64), (20, 45, 32)]
+        assert [fed(how, h, w, scale, 64) for h, w, scale in sizes] == got
+        assert [is_native(how, scale, 64) for scale in (32, 64)] == [
+            inputs == "native", inputs != "scale",
+        ]  # fmt: skip
 
 
 def test_a_grid_never_vanishes():

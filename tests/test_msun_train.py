@@ -351,7 +351,7 @@ def test_each_scale_also_learns_the_sizes_that_it_serves(tmp_path, monkeypatch):
     plain, _ = run(tmp_path / "plain", max_steps=2)
     other, _ = run(tmp_path / "other", max_steps=2, between=1.0)
     assert [args[6:] for args in seen if args[2] is not None] == [
-        ((), 0.0), (tuple(served(SCALES, plain.policy.routing).values()), 1.0),
+        ((), 0.0, SCALES), (tuple(served(SCALES, plain.policy.routing).values()), 1.0, SCALES),
     ]  # fmt: skip
     assert not same(weights(plain), weights(other))
     with pytest.raises(ValueError, match=r"^bad between: 1.5: give a share"):

@@ -1,6 +1,7 @@
 """Does a multi-scale network win at equal cost? Runs that can stop and go on anywhere.
 
 python -m experiments.scales run --data ../shared/data --work out/scales [--minutes 60]
+                                        # one core; start it once for each core
 python -m experiments.scales draw       # tables and figures from results/ alone
 python -m experiments.scales list       # what has run and what is left
 """
@@ -9,11 +10,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from experiments.scales.execute import Bench
 from experiments.scales.ledger import Ledger
-from experiments.scales.manifest import manifest
+from experiments.scales.manifest import Run, manifest
 from experiments.scales.tasks import TASKS
 
 HERE = Path(__file__).resolve().parent
@@ -28,10 +32,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("out/scales"), help="working files")
     parser.add_argument("--minutes", type=float, default=float("inf"),
                         help="begin no further run after so many")  # fmt: skip
-    parser.add_argument("--only", default="", help="runs whose name holds this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="runs whose name holds one of these"
+    )
     args = parser.parse_args()
-    ledger = Ledger(HERE / "results")
-    runs = [run for run in manifest() if args.only in run.key]
+    args.work.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(HERE / "results", args.work / "ledger.lock")
+    runs = [run for run in manifest() if any(word in run.key for word in args.only)]
     if args.what == "draw":
         from experiments.scales.draw import draw
 
@@ -43,14 +50,41 @@ def main() -> None:
     if args.what == "list":
         print("\n".join(run.key for run in left))
         return
-    began = time.monotonic()
     bench = Bench(args.work, ledger, TASKS, data=args.data,
                   say=lambda text: print(time.strftime("%H:%M:%S"), text, flush=True))  # fmt: skip
-    for run in left:
-        if time.monotonic() - began > 60 * args.minutes or (args.work / "stop").exists():
-            print("stopped; the same command goes on", flush=True)
+    work_through(bench, runs, until=time.monotonic() + 60 * args.minutes)
+
+
+def work_through(bench: Bench, runs: Sequence[Run], *, until: float = float("inf"),
+                 pause_s: float = 10.0) -> None:  # fmt: skip
+    """Execute what is left, the first run first that no other process has in hand.
+
+    Args:
+        bench: where.
+        runs: in order.
+        until: a time of the monotonic clock after which no further run begins.
+        pause_s: seconds between looks at what other processes have in hand.
+    """
+    claims = bench.work / "claims"
+    claims.mkdir(parents=True, exist_ok=True)
+    while True:
+        done = bench.ledger.done()
+        left = [run for run in runs if run.left(done)]
+        if not left:
             return
-        bench.execute(run)
+        for run in (one for main in left for one in bench.needs(main) or [main]):
+            if time.monotonic() > until or (bench.work / "stop").exists():
+                bench.say("stopped; the same command goes on")
+                return
+            try:
+                with FileLock(claims / run.key, blocking=False):
+                    if run.left(bench.ledger.done()):
+                        bench.execute(run)
+            except Timeout:
+                continue
+            break  # the ledger is another now, and with it what is needed
+        else:
+            time.sleep(pause_s)  # all that could run now is in hand elsewhere
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import nn
 
 from experiments.scales.nets import backbone
 from experiments.scales.tasks import Task
 from msun import MSUN, build
+from msun.policy import is_native, policy_of, served
 
 __all__ = ["ARMS", "PAIRS", "READINGS", "Arm", "made", "plain_net", "step_macs"]
 
@@ -23,7 +25,9 @@ class Arm:
 
     Attributes:
         about: in words.
-        choices: of `msun.build`.
+        choices: of `msun.policy.Policy`, in place of the preset's; images are fed as they are where
+            nothing is said.
+        preset: of `msun.build`.
         scales: "all", "largest", or one side in pixels.
         enlarge: small images first: "no", "lean" (to `Task.least`) or "full".
         constraint: of the training; None is the policy's.
@@ -37,6 +41,7 @@ class Arm:
 
     about: str
     choices: Mapping[str, str] = field(default_factory=dict)
+    preset: str = "lean"
     scales: str | int = "all"
     enlarge: str = "no"
     constraint: str | None = "none"
@@ -47,9 +52,15 @@ class Arm:
     paces: str = ""
 
 
-def _private(label: str) -> dict[str, str]:
+def _private(label: str, *, fed: bool = False) -> dict[str, str]:
     """Readings of a network with batch norms of its own for each scale."""
-    return {label: "calibrated", f"{label}, fed": "fed"}
+    more = {f"{label}, fed": "fed"} if fed else {}
+    return {label: "calibrated", **more, f"{label}, served": "served"}
+
+
+def _between(label: str) -> dict[str, str]:
+    """Readings of a network that has learned the sizes that are resized to its scales."""
+    return {label: "fed", f"{label}, served": "served"}
 
 
 # How a trained network is measured:
@@ -57,10 +68,11 @@ def _private(label: str) -> dict[str, str]:
 #   calibrated    statistics re-estimated for sizes that were not trained
 #   recalibrated  statistics re-estimated for every size
 #   fed           an image is resized to the scale that serves it, and has its statistics
+#   served        fed, and statistics re-estimated for every size before it is resized
 #   upsampled     images enlarged to the reference
 #   upsampled, recalibrated; fed, recalibrated    both
-READINGS = ("plain", "calibrated", "recalibrated", "fed", "fed, recalibrated", "upsampled",
-            "upsampled, recalibrated")  # fmt: skip
+READINGS = ("plain", "calibrated", "recalibrated", "fed", "fed, recalibrated", "served",
+            "upsampled", "upsampled, recalibrated")  # fmt: skip
 
 ARMS: dict[str, Arm] = {
     "single": Arm(
@@ -78,48 +90,79 @@ ARMS: dict[str, Arm] = {
     ),
     "c2": Arm(
         "multi-scale native, shared BN", {**_STOCK, "norm": "shared"}, rate_of="c2",
-        readings={"c3": "recalibrated", "c3, fed": "fed, recalibrated", "c2": "plain"},
+        readings={"c3": "recalibrated", "c3, fed": "fed, recalibrated", "c2": "plain",
+                  "c3, served": "served"},
     ),
     "c2, enlarged": Arm(
         "multi-scale, small images enlarged to lean's MACs, shared BN",
         {**_STOCK, "norm": "shared"}, enlarge="lean", rate_of="c2",
-        readings={"c3, enlarged": "recalibrated",
-                  "c3, enlarged, fed": "fed, recalibrated"},
+        readings={"c3, enlarged": "recalibrated", "c3, enlarged, served": "served"},
     ),
     "d1": Arm("private BN", {**_STOCK, "norm": "private"}, rate_of="g",
               readings=_private("d1")),
     "d2": Arm("private BN + distillation", {**_STOCK, "norm": "private"}, distill=1.0,
               rate_of="g", readings=_private("d2")),
     "d3": Arm("private BN, small images enlarged to lean's MACs", {**_STOCK, "norm": "private"},
-              enlarge="lean", rate_of="g", readings=_private("d3")),
+              enlarge="lean", rate_of="g", readings=_private("d3", fed=True)),
     "d3+kd": Arm("d3 + distillation", {**_STOCK, "norm": "private"}, enlarge="lean", distill=1.0,
                  rate_of="g", readings=_private("d3+kd")),
     "g": Arm("private BN, one head whose stride follows the scale", {"subnets": "shared"},
-             rate_of="g", readings=_private("g")),
+             rate_of="g", readings=_private("g", fed=True)),
     "g+kd": Arm("g + distillation", {"subnets": "shared"}, distill=1.0, rate_of="g",
                 readings=_private("g+kd")),
     "d3+between": Arm(
-        "d3, each scale learns the sizes that are resized to it", {**_STOCK, "norm": "private"},
-        enlarge="lean", between=0.5, rate_of="g", readings={"d3+between": "fed"},
+        "d3, each scale learns the sizes that are resized to it",
+        {**_STOCK, "norm": "private", "inputs": "scale"},
+        enlarge="lean", between=0.5, rate_of="g", readings=_between("d3+between"),
     ),
     "g+between": Arm(
-        "g, each scale learns the sizes that are resized to it", {"subnets": "shared"},
-        between=0.5, rate_of="g", readings={"g+between": "fed"},
+        "g, each scale learns the sizes that are resized to it",
+        {"subnets": "shared", "inputs": "scale"},
+        between=0.5, rate_of="g", readings=_between("g+between"),
     ),
     "lean+between": Arm(
-        "lean, each scale learns the sizes that are resized to it", constraint=None, between=0.5,
-        rate_of="g", readings={"lean+between": "fed"},
+        "lean, each scale learns the sizes that are resized to it", {"inputs": "scale"},
+        constraint=None, between=0.5, rate_of="g", readings=_between("lean+between"),
+    ),
+    "lean+small": Arm(
+        "lean+between, but the reference learns and gets its sizes as they are",
+        {"inputs": "small"}, constraint=None, between=0.5, rate_of="g",
+        readings={"lean+small, served": "recalibrated"},
+    ),
+    "lean+native": Arm(
+        "lean+between, but every scale learns and gets its sizes as they are",
+        constraint=None, between=0.5, rate_of="g",
+        readings={"lean+native, served": "recalibrated"},
+    ),
+    "g+small": Arm(
+        "g+between, as lean+small", {"subnets": "shared", "inputs": "small"}, between=0.5,
+        rate_of="g", readings={"g+small, served": "recalibrated"},
+    ),
+    "d3+small": Arm(
+        "d3+between, as lean+small", {**_STOCK, "norm": "private", "inputs": "small"},
+        enlarge="lean", between=0.5, rate_of="g",
+        readings={"d3+small, served": "recalibrated"},
+    ),
+    "d3+always": Arm(
+        "d3+between in every step", {**_STOCK, "norm": "private", "inputs": "scale"},
+        enlarge="lean", between=1.0, rate_of="g", readings=_between("d3+always"),
+    ),
+    "own+between": Arm(
+        "lean+between without its constraint", {"inputs": "scale"}, between=0.5, rate_of="g",
+        readings=_between("own+between"),
     ),
     "lean+always": Arm(
-        "lean+between in every step", constraint=None, between=1.0, rate_of="g",
-        readings={"lean+always": "fed"},
+        "lean+between in every step", {"inputs": "scale"}, constraint=None, between=1.0,
+        rate_of="g",
+        readings=_between("lean+always"),
     ),
     "c2+between": Arm(
-        "c2, each scale learns the sizes that are resized to it", {**_STOCK, "norm": "shared"},
-        between=0.5, rate_of="c2", readings={"c3+between": "fed, recalibrated"},
+        "c2, each scale learns the sizes that are resized to it",
+        {**_STOCK, "norm": "shared", "inputs": "scale"}, between=0.5, rate_of="c2",
+        readings={"c3+between, served": "served"},
     ),
     "own": Arm("lean without its constraint", rate_of="g", readings=_private("own")),
-    "lean": Arm("MSUN lean", constraint=None, rate_of="g", readings=_private("lean")),
+    "lean": Arm("MSUN lean", constraint=None, rate_of="g", readings=_private("lean", fed=True)),
     "own+kd": Arm("lean, distillation instead of the constraint", distill=1.0, rate_of="g",
                   readings=_private("own+kd")),
     "lean+kd": Arm("MSUN lean + distillation", constraint=None, distill=1.0, rate_of="g",
@@ -129,11 +172,12 @@ ARMS: dict[str, Arm] = {
                                     "own, shared bn": "plain"}),
     "own, full": Arm("own subnets, private BN, trunk always at the full grid", {"merge": "full"},
                      rate_of="paper", readings=_private("own, full")),
-    "paper, free": Arm("MSUN paper without its constraint", {"preset": "paper"}, rate_of="paper",
+    "paper, free": Arm("MSUN paper without its constraint", preset="paper", rate_of="paper",
                        readings={"paper, free+bn": "recalibrated", "paper, free": "plain"}),
-    "paper": Arm("MSUN paper", {"preset": "paper"}, constraint=None, rate_of="paper",
+    "paper": Arm("MSUN paper", preset="paper", constraint=None, rate_of="paper",
                  readings={"paper": "plain", "paper+bn": "recalibrated",
-                           "paper, fed": "fed", "paper+bn, fed": "fed, recalibrated"}),
+                           "paper, fed": "fed", "paper+bn, fed": "fed, recalibrated",
+                           "paper, served": "served"}),
     "line small": Arm("a network for the smallest scale alone, enlarged as d3", scales=0,
                       enlarge="lean", rate_of="single", readings={"line small": "plain"}),
     "line middle": Arm("a network for the middle scale alone", scales=1, enlarge="lean",
@@ -141,39 +185,52 @@ ARMS: dict[str, Arm] = {
 }  # fmt: skip
 
 # The comparisons that are made, arm - other, on the same images by the same seed.
+_PLAIN = ("a", "a+bn", "a=epochs", "c1+bn", "line small", "line middle")
 _ASKED: dict[str, tuple[str, ...]] = {
-    "lean": ("paper", "paper+bn", "c3", "c3, enlarged", "d1", "d2", "d3", "g", "own", "a", "a+bn",
-             "a=epochs", "c1+bn", "line small", "line middle"),
-    "lean, fed": ("lean", "paper", "paper, fed", "paper+bn, fed", "c3, fed", "c3, enlarged, fed",
-                  "d1, fed", "d2, fed", "d3, fed", "g, fed", "own, fed", "a", "a+bn", "a=epochs",
-                  "c1+bn"),
-    "lean+between": ("lean, fed", "lean+always", "g+between", "d3+between", "c3+between", "paper",
-                     "paper, fed", "a", "a+bn", "a=epochs", "c1+bn"),
-    "g+between": ("g, fed", "d3+between", "c3+between", "a", "a+bn"),
-    "d3+between": ("d3, fed", "c3+between"),
-    "c3+between": ("c3, fed",),
-    "lean+kd, fed": ("lean, fed", "g+kd, fed", "d3+kd, fed", "d2, fed", "own+kd, fed"),
-    "own, fed": ("g, fed", "own, full, fed"),
-    "own": ("own, shared bn+bn",),
-    "own+kd, fed": ("own, fed",),
+    "lean": ("paper", "paper+bn", "c3", "c3, enlarged", "d1", "d2", "d3", "g", "own", *_PLAIN),
+    "lean, fed": ("lean", "paper, fed", "paper+bn, fed", "c3, fed", "d3, fed", "g, fed"),
+    "lean, served": ("lean", "lean, fed", "paper, served", "c3, served", "c3, enlarged, served",
+                     "d1, served", "d2, served", "d3, served", "g, served", "own, served"),
+    "lean+between": ("lean, fed", "lean+always", "g+between", "d3+between", "own+between"),
+    "lean+between, served": (
+        "lean", "lean, served", "lean+between", "lean+always, served", "own+between, served",
+        "g+between, served", "d3+between, served", "c3+between, served", "d3", "d1", "d2", "c3",
+        "c3, enlarged", "g", "d1, served", "d2, served", "d3, served", "c3, served",
+        "c3, enlarged, served", "paper", "paper+bn", "paper, served", *_PLAIN,
+    ),
+    "lean+always, served": ("d3+always, served",),
+    "g+between, served": ("d3+between, served", "g, served", "c3+between, served"),
+    "d3+between, served": ("d3, served", "d3+always, served", "c3+between, served", "a", "a+bn"),
+    "c3+between, served": ("c3, served",),
+    "lean+kd, served": ("lean, served", "g+kd, served", "d3+kd, served", "own+kd, served"),
+    "own, served": ("g, served", "own, full, served"),
+    "own": ("own, shared bn+bn", "g", "d1"),
+    "own+kd, served": ("own, served",),
     "g": ("d1", "d3", "c3", "paper"),
-    "g, fed": ("g", "d1, fed", "d3, fed", "c3, fed", "c3, enlarged, fed", "paper, fed", "a",
-               "a+bn"),
-    "g+kd, fed": ("g, fed", "d3+kd, fed"),
-    "d3, fed": ("d3", "c3, enlarged, fed", "d1, fed"),
-    "d3+kd, fed": ("d3, fed",),
-    "d2, fed": ("d1, fed",),
-    "d1, fed": ("c3, fed",),
+    "g, fed": ("g",),
+    "g, served": ("g, fed", "d1, served", "d3, served", "c3, served"),
+    "g+kd, served": ("g, served",),
+    "d3, fed": ("d3",),
+    "d3, served": ("d3, fed", "d1, served", "c3, enlarged, served"),
+    "d3": ("d1", "c3, enlarged"),
+    "d3+kd, served": ("d3, served",),
+    "d2, served": ("d1, served",),
+    "d2": ("d1",),
+    "d1": ("c3",),
+    "d1, served": ("d1", "c3, served"),
     "c3": ("c2", "c1+bn"),
     "c3, fed": ("c3",),
+    "c3, served": ("c3", "c3, fed"),
     "paper, fed": ("paper",),
+    "paper, served": ("paper, fed", "own, full, served"),
     "paper+bn": ("paper", "paper, free+bn", "own, full"),
     "a+bn": ("a",),
 }  # fmt: skip
 PAIRS = frozenset((arm, other) for arm, others in _ASKED.items() for other in others)
 
 
-def made(arm: Arm, task: Task, net: str, *, at: str, seed: int, enlarge: str | None = None) -> MSUN:
+def made(arm: Arm, task: Task, net: str, *, at: str, seed: int, enlarge: str | None = None,
+         inputs: str | None = None) -> MSUN:  # fmt: skip
     """The untrained network of an arm; the backbone's weights follow from the seed alone.
 
     Args:
@@ -183,9 +240,11 @@ def made(arm: Arm, task: Task, net: str, *, at: str, seed: int, enlarge: str | N
         at: the cut.
         seed: of the weights.
         enlarge: in place of the arm's own.
+        inputs: in place of the policy's own.
     """
     plain = plain_net(arm, task, net, seed=seed, enlarge=enlarge)
-    return build(plain, at, trained(arm, task), **arm.choices)  # type: ignore[arg-type]
+    policy = policy_of(arm.preset).but(**{"inputs": "native", **arm.choices}).but(inputs=inputs)
+    return build(plain, at, trained(arm, task), preset=arm.preset, policy=policy)
 
 
 def plain_net(
@@ -207,6 +266,18 @@ def trained(arm: Arm, task: Task) -> tuple[int, ...]:
     return (task.reference,) if arm.scales == "largest" else (task.scales[int(arm.scales)],)
 
 
-def step_macs(net: MSUN) -> int:
-    """Forward MACs of one image in one step of training: each scale once."""
-    return sum(net.macs(side) for side in net.scales)
+def step_macs(net: MSUN, between: float = 0.0) -> float:
+    """Forward MACs of one image in one step of training, each scale once; expected where drawn.
+
+    Args:
+        net: the network.
+        between: as in `TrainConfig`.
+    """
+    total = float(sum(net.macs(side) for side in net.scales))
+    for scale, (low, high) in served(net.scales, net.policy.routing).items():
+        if between and is_native(net.policy, scale, net.reference):
+            edges = np.log(np.arange(low, high + 2))  # uniform in the logarithm, rounded down
+            share = np.diff(edges) / (edges[-1] - edges[0])
+            drawn = share @ [net.plan(s, scale=scale).macs for s in range(low, high + 1)]
+            total += between * (float(drawn) - net.macs(scale))
+    return total

@@ -16,7 +16,7 @@ from torch import nn
 
 from experiments.scales.arms import ARMS, PAIRS, made, step_macs
 from experiments.scales.ledger import Ledger
-from experiments.scales.manifest import BATCH, RATE_BUDGET, UNIT, Run, rates
+from experiments.scales.manifest import BATCH, UNIT, Run, rate_budget, rate_runs
 from experiments.scales.split import choices
 from experiments.scales.stats import paired
 from experiments.scales.tasks import Held, Task, held
@@ -34,7 +34,7 @@ def steps_of(run: Run, task: Task, *, unit: int = UNIT) -> int:
     """Steps of a run: the MACs of `budget` x `unit` images through the single-scale network."""
     single = step_macs(made(ARMS["single"], task, run.net, at=run.cut, seed=0))
     paced = ARMS[run.spec.paces] if run.spec.paces else run.spec
-    own = step_macs(made(paced, task, run.net, at=run.cut, seed=0))
+    own = step_macs(made(paced, task, run.net, at=run.cut, seed=0), paced.between)
     return max(1, round(run.budget * unit * single / (own * BATCH)))
 
 
@@ -70,23 +70,36 @@ class Bench:
             self._held[task.name, split] = held(task, split, self.work, self.data)
         return self._held[task.name, split]
 
+    def needs(self, run: Run) -> list[Run]:
+        """What must run before, for its learning rate."""
+        if run.lr is not None:
+            return []
+        return rate_runs(run.task, run.net, run.spec.rate_of, self._tuned(run))
+
     def rate(self, run: Run) -> float:
-        """The learning rate: the run's own, else the best of its family's on validation."""
+        """The learning rate: the run's own, else the best of its family's on validation.
+
+        Raises:
+            ValueError: runs that choose it are missing.
+        """
         if run.lr is not None:
             return run.lr
-        frame = self.ledger.read("runs")
-        family = run.spec.rate_of
-        grid = rates(ARMS[family])
+        if self.needs(run):
+            raise ValueError(f"no learning rate yet for the family {run.spec.rate_of!r}: run first "
+                             f"{', '.join(one.key for one in self.needs(run))}")  # fmt: skip
+        known = self._tuned(run)
+        return max(known, key=lambda lr: known[lr])
+
+    def _tuned(self, run: Run) -> dict[float, float]:
+        """Learning rate -> mean accuracy over sizes on validation, of the run's family."""
+        family, frame = run.spec.rate_of, self.ledger.read("runs")
         label = next(iter(ARMS[family].readings))
         mine = frame[
             (frame["task"] == run.task) & (frame["net"] == run.net) & (frame["run"] == family)
             & (frame["arm"] == label) & (frame["split"] == "val") & (frame["seed"] == 0)
-            & (frame["budget"] == RATE_BUDGET) & frame["lr"].isin(grid)
+            & (frame["budget"] == rate_budget(family)) & frame["key"].str.contains("_lr")
         ]  # fmt: skip
-        means = mine.groupby("lr")["top1"].mean()
-        if len(means) < len(grid):
-            raise ValueError(f"no learning rate yet for the family {family!r}: run the grid first")
-        return float(means.idxmax())
+        return {float(lr): float(x) for lr, x in mine.groupby("lr")["top1"].mean().items()}
 
     def execute(self, run: Run) -> None:
         """Train, measure, write down what the ledger lacks; a kept network is not trained again."""
@@ -97,28 +110,19 @@ class Bench:
         folder = self.work / "runs" / run.key
         net = made(arm, task, run.net, at=run.cut, seed=run.seed)
         steps = steps_of(run, task, unit=self.unit)
-        self.say(f"{run.key}: {steps} steps at lr {lr:g}")
         began = time.process_time()
         images = self.images(task, "train")
-        config = TrainConfig(
-            out=folder, max_steps=steps, batch_size=BATCH, lr=lr, seed=run.seed, val_share=0.0,
-            constraint=arm.constraint, distill=arm.distill,
-            between=arm.between, clip=10.0, crop_area=task.area,
-            flip=task.flip, resume=True, progress=False,
-        )  # fmt: skip
-        try:
-            train(net, images, config)
-        except ValueError as error:
-            if "diverged" not in str(error) or run.lr is None:
-                raise
-            self.say(f"{run.key}: {error}")
-            net = made(arm, task, run.net, at=run.cut, seed=run.seed)  # at chance
+        if self._kept(run, lr):
+            net.load_state_dict(weights(folder / "model.pt"))
+        else:
+            self.say(f"{run.key}: {steps} steps at lr {lr:g}")
+            net = self._trained(run, net, images, steps, lr)
         spent = time.process_time() - began
         rows = self._measured(run, task, labels, net, folder, lr)
         if run.key not in set(self.ledger.read("trainings")["key"]):
             row = {
                 **_base(run, lr), "steps": steps, "epochs": steps * BATCH / len(images),
-                "train_gmacs": steps * BATCH * step_macs(net) / 1e9,
+                "train_gmacs": steps * BATCH * step_macs(net, arm.between) / 1e9,
                 "params": sum(p.numel() for p in net.parameters()), "loss": _loss(folder),
                 "core_s": spent,
             }  # fmt: skip
@@ -132,6 +136,30 @@ class Bench:
         seen = [r["top1"] for r in rows if r["arm"] == labels[0]]
         self.say(f"{run.key}: {took:.0f} core s, {spent:.0f} of them training, "
                  f"mean {100 * float(np.mean(seen)):.2f}")  # fmt: skip
+
+    def _kept(self, run: Run, lr: float) -> bool:
+        """Whether the network is here, as the ledger says that it was trained."""
+        frame = self.ledger.read("trainings")
+        mine = frame[(frame["key"] == run.key) & np.isclose(frame["lr"].astype(float), lr)]
+        return len(mine) > 0 and (self.work / "runs" / run.key / "model.pt").exists()
+
+    def _trained(self, run: Run, net: MSUN, images: Held, steps: int, lr: float) -> MSUN:
+        """The network after its training; at chance where that diverged at a rate on trial."""
+        task, arm = self.tasks[run.task], run.spec
+        config = TrainConfig(
+            out=self.work / "runs" / run.key, max_steps=steps, batch_size=BATCH, lr=lr,
+            seed=run.seed, val_share=0.0, constraint=arm.constraint, distill=arm.distill,
+            between=arm.between, clip=10.0, crop_area=task.area, flip=task.flip, resume=True,
+            progress=False,
+        )  # fmt: skip
+        try:
+            train(net, images, config)
+        except ValueError as error:
+            if "diverged" not in str(error) or run.lr is None:
+                raise
+            self.say(f"{run.key}: {error}")
+            return made(arm, task, run.net, at=run.cut, seed=run.seed)
+        return net
 
     def _measured(
         self, run: Run, task: Task, labels: list[str], net: MSUN, folder: Path, lr: float
@@ -169,10 +197,14 @@ class Bench:
                 net = recalibrated(net, images, net.scales, **how)
             return net, lambda side: route(net.scales, side, side, "nearest")
         shown: MSUN = net
+        every = list(range(min(sizes), max(sizes) + 1))  # mixed sizes are any whole number
+        if reading == "served":
+            shown = made(run.spec, task, run.net, at=run.cut, seed=run.seed, inputs="scale")
+            shown.load_state_dict(net.state_dict())
+            return recalibrated(shown, images, every, **how), "native"
         if reading.startswith("upsampled"):
             shown = made(run.spec, task, run.net, at=run.cut, seed=run.seed, enlarge="full")
             shown.load_state_dict(net.state_dict())
-        every = list(range(min(sizes), max(sizes) + 1))  # mixed sizes are any whole number
         if reading == "calibrated":
             shown = calibrate(shown, images, every, **how)
         elif reading.endswith("recalibrated"):
@@ -201,6 +233,12 @@ class Bench:
 def predictions(folder: Path, label: str, split: str) -> Path:
     """Where a reading's predictions lie."""
     return folder / f"{label.replace(', ', '_').replace(' ', '-')}-{split}.npz"
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The state of a network that this experiment trained."""
+    state: dict[str, torch.Tensor] = torch.load(checkpoint, weights_only=True)["state"]
+    return state
 
 
 def _base(run: Run, lr: float) -> dict[str, Any]:

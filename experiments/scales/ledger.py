@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock
 
 from cka_probe.files import replacing
 
@@ -32,15 +33,17 @@ RUNS = "runs"
 
 
 class Ledger:
-    """The CSV files of a folder.
+    """The CSV files of a folder; several processes may add to them.
 
     Args:
         folder: where they lie; made if need be.
+        lock: the file by which processes take turns; None: in the folder.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, lock: Path | None = None) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        self.turn = FileLock(lock or folder / ".lock")
 
     def path(self, name: str) -> Path:
         """The file of a table."""
@@ -60,6 +63,10 @@ class Ledger:
 
     def add(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append rows, all or none: the file is replaced whole."""
+        with self.turn:
+            self._append(name, rows)
+
+    def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         old = self.path(name).read_text() if self.path(name).exists() else ""
         with replacing(self.path(name)) as temporary, temporary.open("w", newline="") as file:
             file.write(old)

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from experiments.scales.arms import ARMS, Arm
 
-__all__ = ["BATCH", "CUT", "RATES", "Run", "manifest", "rate_runs", "rates"]
+__all__ = ["BATCH", "CUT", "RATES", "Run", "manifest", "rate_budget", "rate_runs", "rates"]
 
 BATCH = 32
 CUT = "layer1"  # stem and first stage, as the paper cuts ResNet-50
 UNIT = 240_000  # images of the single-scale network: a budget of 1, 12 epochs of 20,000
 RATES = (0.075, 0.15, 0.3)  # over the number of scales: the loss is a sum over them
 RATE_BUDGET = 0.25
-HEADLINE = ("lean", "paper", "g", "d3", "c2", "single", "lean+between", "g+between",
-            "d3+between", "c2+between", "line small", "line middle", "lean+kd")  # fmt: skip
-FIRST = ("lean", "g", "d3", "paper", "lean+between", "d3+between", "g+between", "c2", "single",
-         "own", "c2+between", "lean+kd", "d3+kd", "g+kd", "d1", "c2, enlarged", "own+kd",
-         "d2", "paper, free", "c1", "own, full", "own, shared bn",
-         "single, lean's steps", "lean+always")  # fmt: skip
+WIDER = 2  # how often a grid may grow at an end that is its best value
+DESIGN = "lean+between"  # what `lean` has become
+HEADLINE = (DESIGN, "d3+between", "single", "g+between", "paper", "c2", "d3", "lean")
+FIRST = (*HEADLINE, "g", "lean+always", "own+between", "d1", "c2, enlarged", "own", "c2+between",
+         "d3+always", "paper, free", "single, lean's steps", "own, full", "own, shared bn", "d2",
+         "lean+kd", "d3+kd", "c1", "own+kd", "g+kd")  # fmt: skip
 LINE = ("line small", "line middle")
-ON_CIFAR = ("lean", "g", "d3", "lean+between", "g+between", "paper", "c2", "d1", "single",
-            "single, lean's steps", *LINE)  # fmt: skip
+ON_CIFAR = (*HEADLINE, *LINE, "d1", "g", "single, lean's steps")
 CUTS = {
     "residual": ("stem", "layer1", "layer2", "layer3"),
     "depthwise": ("stem", "layer1", "layer2", "layer3"),
@@ -81,60 +80,92 @@ def rates(arm: Arm) -> tuple[float, ...]:
     return tuple(round(lr / (3 if arm.scales == "all" else 1), 3) for lr in RATES)
 
 
-def rate_runs(task: str, net: str, family: str) -> list[Run]:
-    """The short runs that choose a family's learning rate on validation."""
+def rate_budget(family: str) -> float:
+    """Budget of the runs that choose a rate: in a quarter of it `paper` does not leave chance."""
+    return 0.5 if family == "paper" else RATE_BUDGET
+
+
+def rate_runs(task: str, net: str, family: str, known: Mapping[float, float]) -> list[Run]:
+    """The runs that are still to be made to choose a family's learning rate on validation.
+
+    Args:
+        task: of the runs.
+        net: likewise.
+        family: arm that is tuned for all that take its rate.
+        known: accuracy by learning rate, so far.
+
+    Returns:
+        Those of the grid; then, where its best value is an end of it, the one beyond; empty where
+        the best lies inside or the grid has grown enough.
+    """
     grid = rates(ARMS[family])
-    return [Run(task, net, family, 0, RATE_BUDGET, lr=lr, tested=False) for lr in grid]
+    wanted = [lr for lr in grid if lr not in known]
+    if not wanted:
+        tried, best = sorted(known), max(known, key=lambda lr: known[lr])
+        if best == tried[0] and sum(lr < grid[0] for lr in tried) < WIDER:
+            wanted = [round(best / 2, 5)]
+        elif best == tried[-1] and sum(lr > grid[-1] for lr in tried) < WIDER:
+            wanted = [round(best * 2, 5)]
+    budget = rate_budget(family)
+    return [Run(task, net, family, 0, budget, lr=lr, tested=False) for lr in wanted]
 
 
-def manifest() -> Iterator[Run]:
-    """Every run, the most telling first; each is preceded by what its learning rate needs."""
-    seen: set[Run] = set()
-    for run in _ordered():
-        needed = rate_runs(run.task, run.net, run.spec.rate_of)
-        for one in (*needed, run):
-            if one not in seen:
-                seen.add(one)
-                yield one
+def manifest() -> list[Run]:
+    """Every run that is tested, the most telling first; rates are chosen as they are needed."""
+    return list(dict.fromkeys(_ordered()))
 
 
 def _ordered() -> Iterator[Run]:
+    for arm in HEADLINE:
+        yield Run("glyphs", "residual", arm, 0)
+    for arm in ("single", *LINE):
+        for budget in (1.0, 2.0):
+            yield Run("glyphs", "residual", arm, 0, budget)
+    for arm in ("lean+small", "lean+native", "d3+small", "g+small"):
+        yield Run("glyphs", "residual", arm, 0)
+    for seed in (0, 1, 2):
+        yield from _cuts("glyphs", "residual", seed)
+    for seed in (1, 2):
+        for arm in HEADLINE[:6]:
+            yield Run("glyphs", "residual", arm, seed)
+    for arm in ON_CIFAR[:10]:
+        yield Run("cifar10", "residual", arm, 0)
+    for arm in FIRST[8:20]:
+        yield Run("glyphs", "residual", arm, 0)
+    for arm in HEADLINE:
+        yield Run("glyphs", "depthwise", arm, 0)
+    for task, net in (("glyphs", "depthwise"), ("cifar10", "residual")):
+        yield from _cuts(task, net, 0)
     for arm in FIRST:
         yield Run("glyphs", "residual", arm, 0)
-    yield Run("glyphs", "residual", "single", 0, budget=2.0)
-    for arm in LINE:
-        yield Run("glyphs", "residual", arm, 0)
-        yield Run("glyphs", "residual", arm, 0, budget=2.0)
     for seed in (1, 2):
         for arm in HEADLINE:
             yield Run("glyphs", "residual", arm, seed)
-    for arm in (*FIRST, *LINE):
-        yield Run("glyphs", "depthwise", arm, 0)
-    for net in ("residual", "depthwise"):
-        for cut in CUTS[net]:
-            yield Run("glyphs", net, "lean", 0, cut=cut)
+        for task, net in (("glyphs", "depthwise"), ("cifar10", "residual")):
+            yield from _cuts(task, net, seed)
     for arm in ON_CIFAR:
         yield Run("cifar10", "residual", arm, 0)
     for seed in (1, 2):
-        for net in ("residual", "depthwise"):
-            for cut in CUTS[net]:
-                yield Run("glyphs", net, "lean", seed, cut=cut)
-    for seed in (1, 2):
-        for arm in HEADLINE:
-            yield Run("glyphs", "depthwise", arm, seed)
         for arm in ON_CIFAR:
             yield Run("cifar10", "residual", arm, seed)
-    for cut in CUTS["residual"]:
-        for seed in (0, 1, 2):
-            yield Run("cifar10", "residual", "lean", seed, cut=cut)
-    for arm in ON_CIFAR:
-        yield Run("cifar10", "depthwise", arm, 0)
-    for cut in CUTS["depthwise"]:
-        for seed in (0, 1, 2):
-            yield Run("cifar10", "depthwise", "lean", seed, cut=cut)
-    for arm in FIRST:
-        for seed in (1, 2):
-            yield Run("glyphs", "residual", arm, seed)
+        for arm in HEADLINE:
+            yield Run("glyphs", "depthwise", arm, seed)
+    for arm in (*FIRST, *LINE):
+        yield Run("glyphs", "depthwise", arm, 0)
     for seed in (3, 4):
         for arm in HEADLINE:
             yield Run("glyphs", "residual", arm, seed)
+    for seed in (0, 1, 2):
+        for arm in ON_CIFAR:
+            yield Run("cifar10", "depthwise", arm, seed)
+        yield from _cuts("cifar10", "depthwise", seed)
+    for arm in FIRST:
+        for seed in (1, 2):
+            yield Run("glyphs", "residual", arm, seed)
+
+
+def _cuts(task: str, net: str, seed: int) -> Iterator[Run]:
+    """What the study of the split needs of one seed."""
+    yield Run(task, net, "single", seed)  # the network that a user probes
+    for cut in CUTS[net]:
+        yield Run(task, net, DESIGN, seed, cut=cut)

@@ -13,7 +13,7 @@ from scipy import stats
 
 from cka_probe import probe
 from experiments.scales.arms import plain_net
-from experiments.scales.manifest import CUTS, Run
+from experiments.scales.manifest import CUTS, DESIGN, Run
 from experiments.scales.stats import interval
 from experiments.scales.tables import accuracy
 from experiments.scales.tasks import Held, Task
@@ -75,13 +75,15 @@ def choices(run: Run, task: Task, images: Held, checkpoint: Path) -> list[dict[s
 
 
 def by_cut(runs: pd.DataFrame, trainings: pd.DataFrame) -> pd.DataFrame:
-    """Top-1 of `lean`, mean over the sizes, at each candidate cut; a row a cut and seed."""
+    """Top-1 of the design, mean over the sizes, at each candidate cut; a row a cut and seed."""
     frames = []
     for cut in dict.fromkeys(cut for cuts in CUTS.values() for cut in cuts):
         table = accuracy(runs, cut=cut)
-        frames.append(table[(table["arm"] == "lean") & (table["view"] == "mean")].assign(cut=cut))
+        frames.append(
+            table[(table["arm"] == f"{DESIGN}, served") & (table["view"] == "mean")].assign(cut=cut)
+        )
     found = pd.concat(frames)
-    lean = trainings[(trainings["run"] == "lean") & (trainings["budget"] == 1)]
+    lean = trainings[(trainings["run"] == DESIGN) & (trainings["budget"] == 1)]
     named = lean[["task", "net", "seed", "cut", "params"]]
     found = found.merge(named, on=["task", "net", "seed", "cut"])
     return found.drop(columns=["arm", "view"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from experiments.scales.arms import ARMS, PAIRS
-from experiments.scales.manifest import CUT, LINE, RATE_BUDGET
+from experiments.scales.manifest import CUT, LINE
 from experiments.scales.stats import holm, interval
 
 __all__ = ["LABELS", "accuracy", "differences", "flatness", "main_table", "rates_table", "verdict"]
@@ -121,10 +121,11 @@ def flatness(runs: pd.DataFrame) -> pd.DataFrame:
 
 def rates_table(runs: pd.DataFrame) -> pd.DataFrame:
     """What the short runs said of each learning rate: mean top-1 over sizes on validation."""
-    kept = runs[(runs["budget"] == RATE_BUDGET) & (runs["split"] == "val")]
-    means = kept.groupby([*GROUP, "run", "lr"], as_index=False, sort=False)["top1"].mean()
+    kept = runs[runs["key"].str.contains("_lr") & (runs["split"] == "val")]
+    names = [*GROUP, "run", "budget", "lr"]
+    means = kept.groupby(names, as_index=False, sort=False)["top1"].mean()
     means["top1"] = (100 * means["top1"]).round(2)
-    return means
+    return means.sort_values(names, kind="stable")
 
 
 def verdict(runs: pd.DataFrame, diffs: pd.DataFrame, task: str, net: str) -> pd.DataFrame:
