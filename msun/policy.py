@@ -29,8 +29,10 @@ class Policy:
             "native", always the input's own, so that no stride is taken out: with shared subnets
             and private norms that is RS-Net (Wang et al. 2020).
         norm: batch norms that several scales use: one "shared" by all, or one "private" to each.
-        routing: "ceil", the smallest scale that is not below the input, else the largest, or
-            "nearest" in log ratio, ties to the larger.
+        routing: "ceil", the smallest scale that is not below the input, else the largest; "nearest"
+            in log ratio, ties to the larger; or "up", as "ceil" up to the last scale below the
+            reference, and the nearer of these two above it: an image loses nothing by being
+            enlarged, and a small scale's subnet costs about what another's does.
         inputs: "scale", an image is resized to the scale that serves it, in its aspect, since sizes
             between the scales are not what the subnets learned; "native", it is fed as it is; or
             "small", resized where a scale below the reference serves it, else fed as it is, so
@@ -71,7 +73,7 @@ _VALUES: dict[str, tuple[object, ...]] = {
     "subnets": ("own", "shared"),
     "merge": ("full", "follow", "native"),
     "norm": ("shared", "private"),
-    "routing": ("ceil", "nearest"),
+    "routing": ("ceil", "nearest", "up"),
     "inputs": ("native", "small", "scale"),
     "antialias": (True, False),
     "constraint": ("none", "raw", "normalised", "cka"),
@@ -144,11 +146,13 @@ def route(scales: Sequence[int], h: int, w: int, routing: str) -> int:
         scales: ascending sides in pixels.
         h: height in pixels.
         w: width in pixels.
-        routing: "ceil" or "nearest", as in `Policy`.
+        routing: "ceil", "nearest" or "up", as in `Policy`.
     """
     area = h * w
     if routing == "ceil":
         return next((s for s in scales if area <= s * s), scales[-1])
+    if routing == "up":
+        return next((s for s in scales[:-1] if area <= s * s), route(scales[-2:], h, w, "nearest"))
     # log(side / a) < log(b / side) exactly where side^2 < a b
     return next((a for a, b in pairwise(scales) if area < a * b), scales[-1])
 
@@ -158,7 +162,7 @@ def served(scales: Sequence[int], routing: str) -> dict[int, tuple[int, int]]:
 
     Args:
         scales: ascending sides in pixels.
-        routing: "ceil" or "nearest".
+        routing: as in `Policy`.
     """
     found: dict[int, tuple[int, int]] = {}
     for side in range(scales[0], scales[-1] + 1):

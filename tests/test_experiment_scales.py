@@ -264,6 +264,10 @@ def test_regret_is_measured_on_the_seeds_that_did_not_choose():
         {"task": "t", "net": "n", "seed": s, "rule": "r", "layer": c, "score": x, "place": p}
         for s in (0, 1) for c, x, p in (("stem", 0.9, 1), ("layer1", 0.8, 2))
     ])  # fmt: skip
-    (row,) = regrets(cuts, said).to_dict("records")
+    table = regrets(cuts.assign(net="residual"), said.assign(net="residual")).set_index("rule")
+    row = table.loc["r"]
     # seed 0: seed 1 prefers the stem, as the rule does; seed 1: seed 0 prefers layer1
     assert row["regret"] == pytest.approx((0.0 + (70.5 - 71.0)) / 2)
+    assert table.loc["always stem", "regret"] == row["regret"]
+    assert table.loc["always layer1", "regret"] == pytest.approx(((70.0 - 72.0) + 0.0) / 2)
+    assert "always layer2" not in table.index  # not trained

@@ -50,7 +50,13 @@ def test_ties_go_to_the_larger():
 def test_what_each_scale_serves():
     assert served((8, 32, 56), "nearest") == {8: (8, 15), 32: (16, 42), 56: (43, 56)}
     assert served((8, 32, 56), "ceil") == {8: (8, 8), 32: (9, 32), 56: (33, 56)}
-    assert served((64,), "ceil") == {64: (64, 64)}
+    assert served((8, 32, 56), "up") == {8: (8, 8), 32: (9, 42), 56: (43, 56)}
+    for routing in ("ceil", "up"):
+        assert served((64,), routing) == {64: (64, 64)}
+    assert [route((32, 128, 224), s, s, "up") for s in (32, 33, 128, 169, 170, 400)] == [
+        32, 128, 128, 128, 224, 224,
+    ]  # fmt: skip
+    assert route((32, 128, 224), 16, 65, "up") == 128  # by the area
 
 
 def test_a_size_is_its_geometric_mean():

@@ -143,6 +143,16 @@ ARMS: dict[str, Arm] = {
         enlarge="lean", between=0.5, rate_of="g",
         readings={"d3+small, served": "recalibrated"},
     ),
+    "lean+up": Arm(
+        "lean+small, but only the reference's images are ever shrunk",
+        {"inputs": "small", "routing": "up"}, constraint=None, between=0.5, rate_of="g",
+        readings={"lean+up, served": "recalibrated"},
+    ),
+    "d3+up": Arm(
+        "d3+between, as lean+up",
+        {**_STOCK, "norm": "private", "inputs": "small", "routing": "up"}, enlarge="lean",
+        between=0.5, rate_of="g", readings={"d3+up, served": "recalibrated"},
+    ),
     "d3+always": Arm(
         "d3+between in every step", {**_STOCK, "norm": "private", "inputs": "scale"},
         enlarge="lean", between=1.0, rate_of="g", readings=_between("d3+always"),

@@ -121,7 +121,7 @@ def _ordered() -> Iterator[Run]:
     for arm in ("single", *LINE):
         for budget in (1.0, 2.0):
             yield Run("glyphs", "residual", arm, 0, budget)
-    for arm in ("lean+small", "lean+native", "d3+small", "g+small"):
+    for arm in ("lean+small", "lean+native", "d3+small", "g+small", "lean+up", "d3+up"):
         yield Run("glyphs", "residual", arm, 0)
     for seed in (0, 1, 2):
         yield from _cuts("glyphs", "residual", seed)

@@ -112,7 +112,8 @@ def regrets(cuts: pd.DataFrame, said: pd.DataFrame) -> pd.DataFrame:
     """Points that each rule's cut loses, by seed against the cut that is best on other seeds.
 
     A maximum over noisy cuts is biased upward, so the best cut is found on the other seeds; with
-    one seed there are no others, and the regret is the biased one.
+    one seed there are no others, and the regret is the biased one. Rules that always take the same
+    cut, whatever the network, stand beside those that look.
 
     Args:
         cuts: from `by_cut`.
@@ -122,7 +123,7 @@ def regrets(cuts: pd.DataFrame, said: pd.DataFrame) -> pd.DataFrame:
     for (task, net), part in cuts.groupby(["task", "net"], sort=False):
         wide = part.pivot_table(index="seed", columns="cut", values="top1").dropna()
         mine = said[(said["task"] == task) & (said["net"] == net)]
-        for rule, told in mine.groupby("rule", sort=False):
+        for rule, told in [*mine.groupby("rule", sort=False), *_fixed(net, wide.index)]:
             picks = told[told["place"] == 1].set_index("seed")["layer"]
             if picks.empty or wide.empty or not set(picks) <= set(wide.columns):
                 continue
@@ -132,7 +133,8 @@ def regrets(cuts: pd.DataFrame, said: pd.DataFrame) -> pd.DataFrame:
                 best = others.mean().idxmax()
                 pick = picks.get(seed, picks.iloc[0])
                 lost.append(float(wide.loc[seed, best] - wide.loc[seed, pick]))
-                own = told[told["seed"] == picks.index[0]].set_index("layer")["score"].dropna()
+                judged = seed if seed in picks.index else picks.index[0]
+                own = told[told["seed"] == judged].set_index("layer")["score"].dropna()
                 shared = [cut for cut in wide.columns if cut in own.index]
                 if len(shared) > 2:
                     orders.append(stats.spearmanr(own[shared], wide.loc[seed, shared])[0])
@@ -145,3 +147,16 @@ def regrets(cuts: pd.DataFrame, said: pd.DataFrame) -> pd.DataFrame:
                 "seeds": len(wide),
             })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _fixed(net: str, seeds: pd.Index) -> list[tuple[str, pd.DataFrame]]:
+    """Rules that take the same cut at every seed; their score is the place of the cut."""
+    places = {cut: float(k) for k, cut in enumerate(CUTS[net])}
+    found = []
+    for chosen in places:
+        rows = [
+            {"seed": seed, "layer": cut, "score": place, "place": 1 if cut == chosen else 2}
+            for seed in seeds for cut, place in places.items()
+        ]  # fmt: skip
+        found.append((f"always {chosen}", pd.DataFrame(rows)))
+    return found
