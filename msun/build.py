@@ -35,6 +35,7 @@ def build(
     subnets: str | None = None,
     merge: str | None = None,
     norm: str | None = None,
+    inputs: str | None = None,
     start: str = "copied",
     policy: Policy | None = None,
     spec: Mapping[str, Any] | None = None,
@@ -54,6 +55,7 @@ def build(
         subnets: "own" or "shared" weights, in place of the preset's.
         merge: "full", "follow" or "native", in place of the preset's.
         norm: "shared" or "private" batch norms, in place of the preset's.
+        inputs: "native", "small" or "scale" (see `Policy`), in place of the preset's.
         start: of the small subnets: "copied"; "resampled", the first kernel to their pixel scale;
             "dilated" where a stride was taken out, so that the old grid's pixels keep their values.
         policy: in place of the preset's.
@@ -74,7 +76,9 @@ def build(
     >>> net(images).shape, [round(net.macs(side) / 1e6) for side in net.scales]
     (torch.Size([2, 10]), [141, 148, 592])
     """
-    policy = (policy or policy_of(preset)).but(subnets=subnets, merge=merge, norm=norm)
+    policy = (policy or policy_of(preset)).but(
+        subnets=subnets, merge=merge, norm=norm, inputs=inputs
+    )  # fmt: skip
     sides = check_scales(scales)
     known = _spec(backbone, spec)
     model = unwrap(backbone.model if isinstance(backbone, LoadedModel) else backbone)

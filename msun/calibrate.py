@@ -53,7 +53,9 @@ def calibrate(
 
     An image of one of these sizes is from then on normalised by them; weights, biases and the
     statistics of other sizes stay, and `msun.checkpoint.save` keeps them. A trained size whose
-    norms are its own ("private") has its statistics already and is passed over.
+    norms are its own ("private") has its statistics already and is passed over, unless images
+    between the scales are resized (`Policy.inputs`): then it learned from these too, its
+    statistics are theirs as well, and it is worth naming here.
 
     Args:
         model: the network.
@@ -85,7 +87,7 @@ def calibrate(
         kind = type(model).__name__
         raise TypeError(f"not an MSUN: {kind}: use msun.recalibrated, or build one")
     sides = check_scales(sizes)
-    if model.policy.norm == "private":
+    if model.policy.norm == "private" and model.policy.inputs == "native":
         sides = [side for side in sides if side not in model.scales]
     images = _Images(model, data, n_images, batch_size, split, mean, std, seed, workers)
     _estimate(model, sides, images, device, progress)

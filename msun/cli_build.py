@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
 
 
 def add_building(parser: Any) -> None:
-    """Add --scales, --preset, --subnets, --merge, --norm and --start.
+    """Add --scales, --preset, --subnets, --merge, --norm, --inputs and --start.
 
     Args:
         parser: of a command.
@@ -49,6 +49,9 @@ def add_building(parser: Any) -> None:
     word("--subnets", metavar="own|shared", help="weights of the subnets; default: the preset's")
     word("--merge", metavar="full|follow|native", help="grid of the trunk; default: the preset's")
     word("--norm", metavar="shared|private", help="batch norms of the trunk; default: the preset's")
+    word("--inputs", metavar="native|small|scale", help="images between the scales: as they are; "
+         "resized to the scale that serves them, but for the largest; all resized; default: the "
+         "preset's")  # fmt: skip
     word("--start", default="copied", metavar="S",
          help=f"of the small subnets: {', '.join(STARTS)} (default copied)")  # fmt: skip
 
@@ -69,6 +72,7 @@ def build_network(args: argparse.Namespace) -> MSUN:
         subnets=args.subnets,
         merge=args.merge,
         norm=args.norm,
+        inputs=args.inputs,
         start=args.start,
         spec={"name": args.model, "model_args": parse_model_args(args.model_arg)},
     )
@@ -116,7 +120,7 @@ def describe(net: MSUN) -> list[str]:
     return [
         f"{net.origin.backbone} cut after {net.at!r}, preset {net.preset}: {net.origin.subnets}",
         f"subnets {policy.subnets}, merge {policy.merge}, norm {policy.norm}, routing "
-        f"{policy.routing}, start {net.origin.start}",
+        f"{policy.routing}, inputs {policy.inputs}, start {net.origin.start}",
         "",
         *lines,
         "",

@@ -102,7 +102,12 @@ def _recipe(parser: Any) -> None:
     group.add_argument("--crop-area", metavar="LOW,HIGH", help="share of the area of a crop; "
                        "default: 0.25,1 for files, 0.85,1 for tensors and glyphs")  # fmt: skip
     group.add_argument("--flip", metavar="on|off", help="mirror; default: on for files only")
-    word("between", "SHARE", "of the steps, in which a scale learns sizes that are resized to it")
+    word(
+        "between",
+        "SHARE",
+        "of the steps, in which a scale learns the sizes that it serves; "
+        "default: 0.5 where --inputs resizes any",
+    )
     word("val_share", "SHARE", "of the images that is measured after each epoch, not trained on")
     word("shards", "N", "parts of a batch that batch norm sees apart; default: one a process", int)
     word("seed", "S", "seeds everything", int)

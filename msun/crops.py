@@ -146,7 +146,12 @@ class Crops:
     native: tuple[int, ...] = ()
 
     def batches(
-        self, rows: Sequence[Sequence[int]], *, epoch: int = 0, workers: int = 0
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        epoch: int = 0,
+        workers: int = 0,
+        firsts: Sequence[int] | None = None,
     ) -> Generator[tuple[dict[int, Tensor], Tensor], None, None]:
         """Yield one batch after the other; the same values whatever `workers` is.
 
@@ -156,12 +161,15 @@ class Crops:
             rows: Which images each batch holds.
             epoch: Another epoch draws other crops.
             workers: Processes that decode; 0 decodes here, as do images that lie in memory.
+            firsts: Where each of `rows` is a part of a batch, the first image of the whole, by
+                which sides are drawn; None for whole batches.
 
         Returns:
             A generator of ({scale: (b, c, side, side)}, labels (b,)); the side is the scale, but
             for those of `native`.
         """
-        work = _Batches(self, [list(map(int, batch)) for batch in rows], epoch)
+        drawn_by = [int(batch[0]) for batch in rows] if firsts is None else list(firsts)
+        work = _Batches(self, [list(map(int, batch)) for batch in rows], epoch, drawn_by)
         every = range(len(rows))
         if workers and self.data.stacked([0]) is None:
             return from_workers(work, every, workers)
@@ -171,8 +179,8 @@ class Crops:
 class _Batches(Dataset[Any]):
     """Batch k by number: the unit of work of a worker."""
 
-    def __init__(self, crops: Crops, rows: list[list[int]], epoch: int) -> None:
-        self.crops, self.rows, self.epoch = crops, rows, epoch
+    def __init__(self, crops: Crops, rows: list[list[int]], epoch: int, firsts: list[int]) -> None:
+        self.crops, self.rows, self.epoch, self.firsts = crops, rows, epoch, firsts
         drawn = np.random.default_rng([crops.seed, epoch, _CROPS])
         self.normal = (crops.mean, crops.std)
         self.uniform = drawn.random((len(crops.data), _DRAWS))
@@ -192,7 +200,7 @@ class _Batches(Dataset[Any]):
         if crops.augment is not None:
             drawn = zip(rows, images, strict=True)
             images = [crops.augment(image, self.uniform[i]) for i, image in drawn]
-        looks = self._looks(images, self._first(rows[0]))
+        looks = self._looks(images, self._first(self.firsts[k]))
         return {s: x.expand(-1, channels, -1, -1) for s, x in looks.items()}, labels
 
     def _first(self, row: int) -> dict[int, int]:

@@ -14,12 +14,12 @@ from cka_probe.glyphnet import glyphnet
 from cka_probe.probe import probe
 from cka_probe.report import Report
 from msun import checkpoint
+from msun.between import step_macs
 from msun.build import build
 from msun.calibrate import calibrate, recalibrated
 from msun.cut import find_cuts
 from msun.evaluate import compare
 from msun.heads import subnet_costs
-from msun.model import MSUN
 from msun.recipe import TrainConfig
 from msun.split import suggest_split
 from msun.split_choice import SplitChoice
@@ -105,9 +105,8 @@ def demo(
             val_share=0.02, overwrite=True, progress=progress,
         )  # fmt: skip
         train(net, "glyphs", config)
-    further = [side for side in SIDES if side not in SCALES]
     drawn: dict[str, Any] = {"split": "train", "seed": seed, "progress": progress}
-    calibrate(arms["lean"], "glyphs", further, **drawn)
+    calibrate(arms["lean"], "glyphs", SIDES, **drawn)
     checkpoint.save(arms["lean"], out / "model.pt")
     say(f"5 evaluate on {images} test images at {_listed(SIDES)} px")
     single = arms["single"]
@@ -122,11 +121,6 @@ def demo(
     )
     spent = {arm: taken[arm] * batch_size * macs / 1e9 for arm, macs in cost.items()}
     return Demo(report, choice, table, taken, spent)
-
-
-def step_macs(net: MSUN) -> int:
-    """Forward MACs of one image in one step of training: each scale once."""
-    return sum(net.macs(side) for side in net.scales)
 
 
 def _listed(sides: tuple[int, ...]) -> str:

@@ -46,10 +46,11 @@ class TrainConfig:
         augment: "auto" or "none" (see `msun.crops.augmentation`).
         crop_area: Lowest and highest share of the area of a crop; None is by the data.
         flip: Whether to mirror; None is by the data.
-        between: Share of the steps in which a scale learns the sizes that are resized to it: its
-            crops are first shrunk to a side drawn from those that it serves, uniform in the
-            logarithm. For networks whose images are resized to a trained scale. With 1 hardly any
-            crop is as sharp as an image of the scale itself, which costs accuracy there.
+        between: Share of the steps in which a scale learns the sizes that it serves: a side is
+            drawn from them, uniform in the logarithm, and all crops of the batch are shrunk to it
+            and then resized as the network's policy resizes such images. None: half, where the
+            policy resizes any ("small", "scale"), else 0. With 1 hardly any crop is as sharp as an
+            image of the scale itself, which costs accuracy there until `msun.recalibrated`.
         val_share: Share of the images that is kept from training and measured after each epoch.
         rows: Outputs of the head that stand for the classes, in their order; None is all.
         n_images: A seeded random subset; of the glyphs, how many are drawn.
@@ -87,7 +88,7 @@ class TrainConfig:
     augment: str = "auto"
     crop_area: Sequence[float] | None = None
     flip: bool | None = None
-    between: float = 0.0
+    between: float | None = None
     val_share: float = 0.1
     rows: Sequence[int] | None = None
     n_images: int | None = None
@@ -119,7 +120,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"bad {name}: {value!r}: give a share, 0 <= share < 1")
-        if not 0 <= self.between <= 1:
+        if self.between is not None and not 0 <= self.between <= 1:
             raise ValueError(f"bad between: {self.between!r}: give a share, 0 <= share <= 1")
         if self.constraint is not None and self.constraint not in CONSTRAINTS:
             known = ", ".join(CONSTRAINTS)

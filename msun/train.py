@@ -17,6 +17,7 @@ from cka_probe.progress import progress_bar
 from cka_probe.provenance import model_sha256, versions
 from cka_probe.ranks import Ranks, own_device, started
 from msun import checkpoint, norms, train_state
+from msun.between import share
 from msun.crops import Crops, augmentation, shuffled
 from msun.data import open_labelled
 from msun.descent import Descent, DivergedError
@@ -99,6 +100,7 @@ class _Run:
                     "sha256": self.data.fingerprint(),
                 },
                 "constraint": kind,
+                "between": self.between,
                 "shards": shards,
                 "rows": rows,
             }
@@ -132,11 +134,13 @@ class _Run:
         self.std = None if std is None else tuple(map(float, std))
         self.augment = augmentation(config.augment, data, area=config.crop_area, flip=config.flip)
         scales = tuple(self.model.scales)
-        sides = served(scales, self.model.policy.routing) if config.between else {}
+        policy = self.model.policy
+        self.between = share(self.model, config.between)
+        sides = served(scales, policy.routing) if self.between else {}
         first = tuple(sides[scale] for scale in scales if sides)
-        native = tuple(scale for scale in scales if is_native(self.model.policy, scale, scales[-1]))
+        native = tuple(scale for scale in scales if is_native(policy, scale, scales[-1]))
         self.crops = Crops(data, scales, self.augment, self.mean, self.std, config.seed, first,
-                           config.between, native)  # fmt: skip
+                           self.between, native)  # fmt: skip
         self.looks = Crops(data, scales, None, self.mean, self.std, config.seed)
 
     @torch.no_grad()
@@ -256,10 +260,11 @@ class _Run:
         """The steps of an epoch that are still to do, then validation, metrics and state."""
         config, descent = self.config, self.descent
         last = min(self.total, (epoch + 1) * self.per_epoch)
-        todo = self._batches(epoch)[descent.step - epoch * self.per_epoch :]
+        todo, firsts = self._batches(epoch, descent.step - epoch * self.per_epoch)
         saved = began = time.perf_counter()
         self.model.train()
-        with closing(self.crops.batches(todo, epoch=epoch, workers=config.workers)) as stream:
+        stream = self.crops.batches(todo, epoch=epoch, workers=config.workers, firsts=firsts)
+        with closing(stream):
             for images, labels in stream:
                 loss = descent.descend(images, labels)
                 bar.set_postfix(loss=f"{loss:.3f}", lr=f"{descent.lr:.3g}", refresh=False)
@@ -289,13 +294,14 @@ class _Run:
         distil = self.config.distill and len(scales) > 1
         return names + [f"distill_{side}" for side in scales if distil]
 
-    def _batches(self, epoch: int) -> list[list[int]]:
-        """The images of this process, for every step of an epoch."""
+    def _batches(self, epoch: int, done: int) -> tuple[list[list[int]], list[int]]:
+        """This process's images in each step of an epoch to do, and the first of all processes'."""
         size, own = self.config.batch_size, self.config.batch_size // self.ranks.size
         mixed = [self.train[k] for k in shuffled(len(self.train), self.config.seed, epoch)]
         steps = min(self.per_epoch, self.total - epoch * self.per_epoch)
-        starts = (k * size + self.ranks.rank * own for k in range(steps))
-        return [mixed[start : start + own] for start in starts]
+        starts = [k * size for k in range(done, steps)]
+        parts = [start + self.ranks.rank * own for start in starts]
+        return [mixed[k : k + own] for k in parts], [mixed[k] for k in starts]
 
     @torch.no_grad()
     def _validate(self) -> dict[str, float]:

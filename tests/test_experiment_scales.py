@@ -100,15 +100,16 @@ def test_every_arm_gets_the_same_macs_counted_on_its_forwards():
 
 
 def test_macs_of_a_step_on_drawn_sizes_are_those_of_the_draws():
-    from experiments.scales.arms import ARMS, made, step_macs
+    from experiments.scales.arms import ARMS, made
     from experiments.scales.tasks import TASKS
+    from msun.between import step_macs
     from msun.crops import Augment, Crops
     from msun.data import open_labelled
     from msun.policy import is_native, served
 
     data = open_labelled((torch.rand(2000, 1, 8, 8), torch.zeros(2000, dtype=torch.int64)))
     whole = Augment(area=(1, 1), ratio=(1, 1), flip=False)
-    for name in ("lean+small", "lean+native", "lean+between"):
+    for name in ("lean+small", "lean+native", "d3+small", "lean+between"):
         net = made(ARMS[name], TASKS["glyphs"], "residual", at="layer1", seed=0)
         ranges = tuple(served(net.scales, net.policy.routing).values())
         native = tuple(s for s in net.scales if is_native(net.policy, s, net.reference))

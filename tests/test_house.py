@@ -39,7 +39,7 @@ LEVELS = {
         "average": 0, "page": 0, "split_rules": 1, "split_choice": 1, "recipe": 1,
         "parts": 1, "crops": 1, "cut": 2, "twins": 2, "surgery": 3, "split": 3,
         "settle": 3, "classifier": 3, "plans": 4, "subnets": 4, "paper": 5, "model": 5,
-        "build": 6, "agree": 6, "checkpoint": 7, "heads": 7, "calibrate": 8, "train_state": 8,
+        "between": 6, "build": 6, "agree": 6, "checkpoint": 7, "heads": 7, "calibrate": 8, "train_state": 8,
         "descent": 8, "scores": 8, "measure": 8, "train": 9, "evaluate": 9, "plot": 9,
         "plot_split": 9,
         "demo": 10, "__init__": 11, "cli_options": 12, "cli_cuts": 13, "cli_suggest": 13,

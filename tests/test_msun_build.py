@@ -138,7 +138,8 @@ def test_a_policy_or_a_preset_of_ones_own(monkeypatch):
 @pytest.mark.parametrize("subnets", ["own", "shared"])
 def test_native_is_the_backbone_at_every_size(subnets):
     model = glyphnet()
-    net = msun.build(model, "layer1", (16, 32, 64), subnets=subnets, merge="native")
+    how = {"subnets": subnets, "merge": "native", "inputs": "native"}
+    net = msun.build(model, "layer1", (16, 32, 64), **how)
     assert set(net.origin.changes.values()) == {""}
     for side in (16, 24, 32, 51, 64):
         x = noise(2, side)

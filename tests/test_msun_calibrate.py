@@ -144,7 +144,10 @@ def test_heads_and_trunk_of_an_msun(preset, tmp_path):
     data = (images, labels)
     assert calibrate(net, data, [8, 12, 16], n_images=40, batch_size=40, **QUIET) is net
     shared = preset == "paper"
-    assert net.calibrated == (((8, 8),) * shared + ((12, 12),) + ((16, 16),) * shared)
+    assert net.calibrated == ((8, 8), (12, 12), (16, 16))
+    native = build(Net(), "relu", [8, 16], preset=preset, inputs="native")
+    calibrate(native, data, [8, 12, 16], n_images=8, **QUIET)  # private: passed over where trained
+    assert native.calibrated == (((8, 8),) * shared + ((12, 12),) + ((16, 16),) * shared)
     assert all(part.training for part in net.modules() if isinstance(part, nn.Conv2d))
     net.eval()
     small = torch.stack([View(12)(image) for image in images])

@@ -15,8 +15,9 @@ def pair():
     return open_labelled((torch.rand(12, 3, 24, 20), [k % 3 for k in range(12)]))
 
 
-def batches(*args, epoch=0, workers=0, rows=None, **kwargs):
-    return list(Crops(*args, **kwargs).batches(rows or [[0, 5], [7]], epoch=epoch, workers=workers))
+def batches(*args, epoch=0, workers=0, rows=None, firsts=None, **kwargs):
+    how = {"epoch": epoch, "workers": workers, "firsts": firsts}
+    return list(Crops(*args, **kwargs).batches(rows or [[0, 5], [7]], **how))
 
 
 def area_filter(length, side):
@@ -129,6 +130,8 @@ def test_a_scale_also_sees_the_sizes_that_it_serves():
     assert 80 <= sum(sharp) <= 140  # half of 200, and where 40 px were drawn
     again = batches(data, (8, 24, 40), **how, served=served, rows=rows[7:9])
     assert torch.equal(again[1][0][40], mixed[8][0][40])  # the batch alone decides, not its place
+    part = batches(data, (8, 24, 40), **how, served=served, rows=[rows[7][1:]], firsts=[7])
+    assert torch.equal(part[0][0][40], mixed[7][0][40][1:])  # of a part, the whole batch
 
 
 def test_a_native_scale_keeps_the_sizes_that_it_serves():

@@ -12,7 +12,6 @@ from cka_probe.glyphnet import glyphnet
 from cka_probe.provenance import MacCounter
 from msun.model import MSUN, resized
 from msun.norms import recalibrate, sized_norms
-from msun.policy import POLICIES
 
 SCALES = (16, 32, 64)
 CHOICES = [
@@ -136,7 +135,8 @@ def test_what_the_trunk_gets(lean):
         (32, 32, 32, (16, 16)),
         (16, 36, 32, (11, 24)),
         (64, 64, 64, (32, 32)),
-        (40, 40, 32, (20, 20)),
+        (40, 40, 32, (16, 16)),  # as 32 px
+        (48, 48, 64, (24, 24)),  # the reference takes it as it is
     ):
         plan = lean.plan(h, w)
         z = lean.features(noise(2, h, w))
@@ -147,9 +147,11 @@ def test_what_the_trunk_gets(lean):
         both = lean.step(noise(2, h, w), plan.scale)
         assert torch.equal(both[0], logits)
         assert torch.equal(both[1], z)
-    head = lean.head(16)(noise(2, 24))
+    native = msun.build(glyphnet(), "layer1", SCALES, inputs="native")
+    assert native.plan(40).merged == (20, 20)
+    head = native.head(16)(noise(2, 24))
     wanted = F.interpolate(head, (16, 16), mode="bilinear", antialias=True)
-    assert torch.equal(lean.features(noise(2, 24), 16), wanted)
+    assert torch.equal(native.features(noise(2, 24), 16), wanted)
 
 
 @torch.no_grad()
@@ -208,7 +210,7 @@ def test_a_size_that_a_subnet_cannot_take_is_one_line():
     backbone = nn.Sequential(
         nn.Conv2d(3, 4, 7), nn.ReLU(), nn.Conv2d(4, 4, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     ).eval()
-    net = msun.build(backbone, "1", (12, 32))
+    net = msun.build(backbone, "1", (12, 32), inputs="native")
     for call in (net.plan, lambda h, w: net(noise(2, h, w)), lambda h, w: net([noise(1, h, w)[0]])):
         with pytest.raises(
             ValueError, match=r"^the 12 px subnet cannot take this size: 5 x 6, "
@@ -328,9 +330,8 @@ def test_it_tells_what_it_is(lean):
 
 @torch.no_grad()
 def test_inputs_resized_to_the_scale_that_serves_them():
-    policy = POLICIES["lean"].but(inputs="scale")
-    net, native = (
-        msun.build(glyphnet(), "layer1", SCALES, policy=p) for p in (policy, POLICIES["lean"])
+    net, native, small = (
+        msun.build(glyphnet(), "layer1", SCALES, inputs=how) for how in ("scale", "native", "small")
     )
     for side, scale in ((12, 16), (20, 16), (24, 32), (40, 32), (50, 64), (64, 64), (90, 64)):
         x = noise(2, side)
@@ -339,11 +340,14 @@ def test_inputs_resized_to_the_scale_that_serves_them():
         assert torch.equal(net(x), native(fed))
         assert net.macs(side) == native.macs(scale)
         assert net.plan(side) == native.plan(scale)
+        lean = native if scale == 64 else net
+        assert torch.equal(small(x), lean(x))
+        assert small.plan(side) == lean.plan(side)
     assert net.plan(20, 45) == native.plan(21, 48, scale=32)  # the aspect is kept
     assert torch.equal(net.step(noise(2, 32), 32)[0], native.step(noise(2, 32), 32)[0])
     images = [noise(1, 20)[0], noise(1, 64)[0], noise(1, 20, seed=1)[0]]
     alone = torch.cat([net(image[None]) for image in images])
     assert torch.allclose(net(images), alone, atol=1e-5)
     msun.calibrate(net, (noise(8, 64), torch.zeros(8, dtype=torch.int64)), [20, 32], progress=False)
-    assert net.calibrated == ((20, 20),)  # by what the image was, not by what is fed
+    assert net.calibrated == ((20, 20), (32, 32))  # by what the image was, not by what is fed
     assert not torch.equal(net(noise(2, 20)), alone[[0, 2]])

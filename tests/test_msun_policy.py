@@ -120,7 +120,8 @@ def test_presets_and_their_choices():
     assert (paper.merge, paper.norm, paper.routing, paper.antialias, paper.constraint) == (
         "full", "shared", "ceil", False, "raw",
     )  # fmt: skip
-    assert lean.but(norm=None, merge="full") == Policy(merge="full")
+    assert (lean.inputs, paper.inputs) == ("small", "native")
+    assert lean.but(norm=None, merge="full") == Policy(merge="full", inputs="small")
     with pytest.raises(ValueError, match=r"^unknown merge policy: 'half': choose 'full' or"):
         lean.but(merge="half")
     with pytest.raises(ValueError, match=r"^unknown preset: 'x': choose 'paper' or 'lean'"):
@@ -134,7 +135,7 @@ def test_a_preset_can_be_added_once(monkeypatch):
     for name in ("mine", "lean"):
         with pytest.raises(ValueError, match=f"^preset name is taken: '{name}': "):
             policy.register(name, Policy())
-    assert policy_of("lean") == Policy()
+    assert policy_of("lean") == Policy(inputs="small")
 
 
 def test_scales_are_sorted_and_checked():

@@ -16,9 +16,7 @@ from torch.nn import functional as F
 from training import SCALES, backbone, images, network, options, run, same, weights
 
 from msun import checkpoint, evaluate
-from msun.crops import Crops
 from msun.norms import recalibrate
-from msun.policy import served
 from msun.train import train
 
 HERE = Path(__file__).resolve().parent
@@ -338,21 +336,3 @@ def test_max_steps_stops_within_an_epoch(tmp_path):
 def test_no_validation(tmp_path):
     _, path = run(tmp_path / "out", val_share=0.0, max_steps=2)
     assert not [name for name in table(path)[0] if name.startswith("top1")]
-
-
-def test_each_scale_also_learns_the_sizes_that_it_serves(tmp_path, monkeypatch):
-    seen = []
-
-    def crops(*args):
-        seen.append(args)
-        return Crops(*args)
-
-    monkeypatch.setattr(sys.modules["msun.train"], "Crops", crops)
-    plain, _ = run(tmp_path / "plain", max_steps=2)
-    other, _ = run(tmp_path / "other", max_steps=2, between=1.0)
-    assert [args[6:] for args in seen if args[2] is not None] == [
-        ((), 0.0, SCALES), (tuple(served(SCALES, plain.policy.routing).values()), 1.0, SCALES),
-    ]  # fmt: skip
-    assert not same(weights(plain), weights(other))
-    with pytest.raises(ValueError, match=r"^bad between: 1.5: give a share"):
-        run(tmp_path / "bad", between=1.5)

@@ -200,7 +200,7 @@ def interrupted(tmp_path_factory):
         ({"flip": True}, "flip was None, is True"),
         ({"shards": 2}, "shards was 1, is 2"),
         ({"scales": (8, 12, 16)}, "(model|scales) was "),
-        ({"preset": "paper"}, "(model|constraint) was "),
+        ({"preset": "paper"}, "(between|constraint|model) was "),
         ({"data": images(seed=1)}, "data was "),
         ({"data": images(n=52)}, "data was "),
     ],

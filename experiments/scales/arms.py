@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import nn
 
 from experiments.scales.nets import backbone
 from experiments.scales.tasks import Task
 from msun import MSUN, build
-from msun.policy import is_native, policy_of, served
+from msun.policy import policy_of
 
-__all__ = ["ARMS", "PAIRS", "READINGS", "Arm", "made", "plain_net", "step_macs"]
+__all__ = ["ARMS", "PAIRS", "READINGS", "Arm", "made", "plain_net"]
 
 _STOCK = {"subnets": "shared", "merge": "native"}  # the backbone itself, at every size
 
@@ -157,19 +156,22 @@ ARMS: dict[str, Arm] = {
         "d3+between in every step", {**_STOCK, "norm": "private", "inputs": "scale"},
         enlarge="lean", between=1.0, rate_of="g", readings=_between("d3+always"),
     ),
-    "own+between": Arm(
-        "lean+between without its constraint", {"inputs": "scale"}, between=0.5, rate_of="g",
-        readings=_between("own+between"),
+    "own+small": Arm(
+        "lean+small without its constraint", {"inputs": "small"}, between=0.5, rate_of="g",
+        readings={"own+small, served": "recalibrated"},
+    ),
+    "lean+small+kd": Arm(
+        "lean+small + distillation", {"inputs": "small"}, constraint=None, between=0.5,
+        distill=1.0, rate_of="g", readings={"lean+small+kd, served": "recalibrated"},
     ),
     "lean+always": Arm(
         "lean+between in every step", {"inputs": "scale"}, constraint=None, between=1.0,
         rate_of="g",
         readings=_between("lean+always"),
     ),
-    "c2+between": Arm(
-        "c2, each scale learns the sizes that are resized to it",
-        {**_STOCK, "norm": "shared", "inputs": "scale"}, between=0.5, rate_of="c2",
-        readings={"c3+between, served": "served"},
+    "c2+small": Arm(
+        "c2, as lean+small", {**_STOCK, "norm": "shared", "inputs": "small"}, between=0.5,
+        rate_of="c2", readings={"c3+small, served": "recalibrated"},
     ),
     "own": Arm("lean without its constraint", rate_of="g", readings=_private("own")),
     "lean": Arm("MSUN lean", constraint=None, rate_of="g", readings=_private("lean", fed=True)),
@@ -201,17 +203,22 @@ _ASKED: dict[str, tuple[str, ...]] = {
     "lean, fed": ("lean", "paper, fed", "paper+bn, fed", "c3, fed", "d3, fed", "g, fed"),
     "lean, served": ("lean", "lean, fed", "paper, served", "c3, served", "c3, enlarged, served",
                      "d1, served", "d2, served", "d3, served", "g, served", "own, served"),
-    "lean+between": ("lean, fed", "lean+always", "g+between", "d3+between", "own+between"),
-    "lean+between, served": (
-        "lean", "lean, served", "lean+between", "lean+always, served", "own+between, served",
-        "g+between, served", "d3+between, served", "c3+between, served", "d3", "d1", "d2", "c3",
-        "c3, enlarged", "g", "d1, served", "d2, served", "d3, served", "c3, served",
-        "c3, enlarged, served", "paper", "paper+bn", "paper, served", *_PLAIN,
+    "lean+between": ("lean, fed", "lean+always", "g+between", "d3+between"),
+    "lean+small, served": (
+        "lean", "lean, served", "lean+between, served", "lean+native, served", "lean+up, served",
+        "own+small, served", "g+small, served", "d3+small, served", "c3+small, served",
+        "d3", "d1", "d2", "c3", "c3, enlarged", "g", "d1, served", "d2, served", "d3, served",
+        "g, served", "c3, served", "c3, enlarged, served", "paper", "paper+bn", "paper, served",
+        *_PLAIN,
     ),
+    "lean+between, served": ("lean, served", "lean+between", "lean+always, served",
+                             "g+between, served", "d3+between, served"),
     "lean+always, served": ("d3+always, served",),
-    "g+between, served": ("d3+between, served", "g, served", "c3+between, served"),
-    "d3+between, served": ("d3, served", "d3+always, served", "c3+between, served", "a", "a+bn"),
-    "c3+between, served": ("c3, served",),
+    "lean+up, served": ("d3+up, served",),
+    "lean+small+kd, served": ("lean+small, served",),
+    "g+small, served": ("d3+small, served", "c3+small, served"),
+    "d3+small, served": ("d3, served", "d3+between, served", "c3+small, served", "a", "a+bn"),
+    "c3+small, served": ("c3, served",),
     "lean+kd, served": ("lean, served", "g+kd, served", "d3+kd, served", "own+kd, served"),
     "own, served": ("g, served", "own, full, served"),
     "own": ("own, shared bn+bn", "g", "d1"),
@@ -274,20 +281,3 @@ def trained(arm: Arm, task: Task) -> tuple[int, ...]:
     if arm.scales == "all":
         return task.scales
     return (task.reference,) if arm.scales == "largest" else (task.scales[int(arm.scales)],)
-
-
-def step_macs(net: MSUN, between: float = 0.0) -> float:
-    """Forward MACs of one image in one step of training, each scale once; expected where drawn.
-
-    Args:
-        net: the network.
-        between: as in `TrainConfig`.
-    """
-    total = float(sum(net.macs(side) for side in net.scales))
-    for scale, (low, high) in served(net.scales, net.policy.routing).items():
-        if between and is_native(net.policy, scale, net.reference):
-            edges = np.log(np.arange(low, high + 2))  # uniform in the logarithm, rounded down
-            share = np.diff(edges) / (edges[-1] - edges[0])
-            drawn = share @ [net.plan(s, scale=scale).macs for s in range(low, high + 1)]
-            total += between * (float(drawn) - net.macs(scale))
-    return total

@@ -14,13 +14,14 @@ import pandas as pd
 import torch
 from torch import nn
 
-from experiments.scales.arms import ARMS, PAIRS, made, step_macs
+from experiments.scales.arms import ARMS, PAIRS, made
 from experiments.scales.ledger import Ledger
 from experiments.scales.manifest import BATCH, UNIT, Run, rate_budget, rate_runs
 from experiments.scales.split import choices
 from experiments.scales.stats import paired
 from experiments.scales.tasks import Held, Task, held
 from msun import TrainConfig, calibrate, evaluate, recalibrated, train
+from msun.between import step_macs
 from msun.model import MSUN
 from msun.policy import route
 from msun.scores import Predictions

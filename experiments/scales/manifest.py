@@ -15,11 +15,13 @@ UNIT = 240_000  # images of the single-scale network: a budget of 1, 12 epochs o
 RATES = (0.075, 0.15, 0.3)  # over the number of scales: the loss is a sum over them
 RATE_BUDGET = 0.25
 WIDER = 2  # how often a grid may grow at an end that is its best value
-DESIGN = "lean+between"  # what `lean` has become
-HEADLINE = (DESIGN, "d3+between", "single", "g+between", "paper", "c2", "d3", "lean")
-FIRST = (*HEADLINE, "g", "lean+always", "own+between", "d1", "c2, enlarged", "own", "c2+between",
-         "d3+always", "paper, free", "single, lean's steps", "own, full", "own, shared bn", "d2",
-         "lean+kd", "d3+kd", "c1", "own+kd", "g+kd")  # fmt: skip
+DESIGN = "lean+small"  # what `lean` has become
+HEADLINE = (DESIGN, "d3+small", "single", "g+small", "paper", "c2", "d3", "lean")
+FIRST = (*HEADLINE, "g", "own+small", "c2+small", "d1", "c2, enlarged", "own", "paper, free",
+         "single, lean's steps", "lean+small+kd", "own, full", "own, shared bn", "d2", "c1",
+         "lean+kd", "d3+kd", "own+kd", "g+kd")  # fmt: skip
+TRIALS = ("lean+native", "lean+up", "d3+up", "lean+between", "d3+between", "g+between",
+          "lean+always", "d3+always")  # fmt: skip
 LINE = ("line small", "line middle")
 ON_CIFAR = (*HEADLINE, *LINE, "d1", "g", "single, lean's steps")
 CUTS = {
@@ -116,40 +118,38 @@ def manifest() -> list[Run]:
 
 
 def _ordered() -> Iterator[Run]:
-    for arm in HEADLINE:
+    for arm in (*HEADLINE, *TRIALS[:7]):
         yield Run("glyphs", "residual", arm, 0)
     for arm in ("single", *LINE):
         for budget in (1.0, 2.0):
             yield Run("glyphs", "residual", arm, 0, budget)
-    for arm in ("lean+small", "lean+native", "d3+small", "g+small", "lean+up", "d3+up"):
-        yield Run("glyphs", "residual", arm, 0)
-    for seed in (0, 1, 2):
-        yield from _cuts("glyphs", "residual", seed)
-    for seed in (1, 2):
-        for arm in HEADLINE[:6]:
-            yield Run("glyphs", "residual", arm, seed)
-    for arm in ON_CIFAR[:10]:
+    yield from _cuts("glyphs", "residual", 0)
+    for arm in ON_CIFAR[:8]:
         yield Run("cifar10", "residual", arm, 0)
+    for seed in (1, 2):
+        yield from _cuts("glyphs", "residual", seed)
+        for arm in HEADLINE[:7]:
+            yield Run("glyphs", "residual", arm, seed)
     for arm in FIRST[8:20]:
         yield Run("glyphs", "residual", arm, 0)
     for arm in HEADLINE:
         yield Run("glyphs", "depthwise", arm, 0)
     for task, net in (("glyphs", "depthwise"), ("cifar10", "residual")):
         yield from _cuts(task, net, 0)
-    for arm in FIRST:
-        yield Run("glyphs", "residual", arm, 0)
-    for seed in (1, 2):
-        for arm in HEADLINE:
-            yield Run("glyphs", "residual", arm, seed)
-        for task, net in (("glyphs", "depthwise"), ("cifar10", "residual")):
-            yield from _cuts(task, net, seed)
     for arm in ON_CIFAR:
         yield Run("cifar10", "residual", arm, 0)
+    for arm in (*FIRST, *TRIALS):
+        yield Run("glyphs", "residual", arm, 0)
+    for seed in (1, 2):
+        for task, net in (("glyphs", "depthwise"), ("cifar10", "residual")):
+            yield from _cuts(task, net, seed)
+        for arm in HEADLINE:
+            yield Run("cifar10", "residual", arm, seed)
+            yield Run("glyphs", "depthwise", arm, seed)
+        yield Run("glyphs", "residual", "lean", seed)
     for seed in (1, 2):
         for arm in ON_CIFAR:
             yield Run("cifar10", "residual", arm, seed)
-        for arm in HEADLINE:
-            yield Run("glyphs", "depthwise", arm, seed)
     for arm in (*FIRST, *LINE):
         yield Run("glyphs", "depthwise", arm, 0)
     for seed in (3, 4):

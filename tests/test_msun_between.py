@@ -1,0 +1,82 @@
+"""How often sizes between the scales are drawn, and what a step of training costs with them."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from training import SCALES as TWO
+from training import run, same, weights
+
+import msun
+from cka_probe.glyphnet import glyphnet
+from msun.between import share, step_macs
+from msun.crops import Augment, Crops
+from msun.data import open_labelled
+from msun.policy import is_native, served
+
+SCALES = (16, 32, 64)
+
+
+def net(inputs, scales=SCALES):
+    return msun.build(glyphnet(), "layer1", scales, inputs=inputs)
+
+
+def test_half_where_images_are_resized_and_none_elsewhere():
+    for inputs, usual in (("small", 0.5), ("scale", 0.5), ("native", 0.0)):
+        assert share(net(inputs)) == usual
+        assert share(net(inputs), 0.0) == 0.0
+        assert share(net(inputs), 1.0) == 1.0
+    assert share(net("small", (64,))) == 0.0
+    assert share(msun.build(glyphnet(), "layer1", SCALES, preset="paper")) == 0.0
+
+
+@pytest.mark.parametrize("inputs", ["native", "small", "scale"])
+@pytest.mark.parametrize("often", [0.5, 1.0])
+def test_macs_of_a_step_are_those_of_the_sizes_drawn(inputs, often):
+    own = net(inputs)
+    data = open_labelled((torch.rand(3000, 3, 4, 4), torch.zeros(3000, dtype=torch.int64)))
+    native = tuple(s for s in SCALES if is_native(own.policy, s, own.reference))
+    whole = Augment(area=(1, 1), ratio=(1, 1), flip=False)
+    ranges = tuple(served(SCALES, own.policy.routing).values())
+    crops = Crops(data, SCALES, whole, None, None, 0, ranges, often, native)
+    costs = {}
+
+    def cost(scale, side):
+        if (scale, side) not in costs:
+            costs[scale, side] = own.plan(side, scale=scale).macs
+        return costs[scale, side]
+
+    drawn = [
+        sum(cost(s, x.shape[-1]) for s, x in looks.items())
+        for looks, _ in crops.batches([[k] for k in range(3000)])
+    ]
+    assert np.mean(drawn) == pytest.approx(step_macs(own, often), rel=0.01)
+    assert step_macs(own, 0.0) == sum(map(own.macs, SCALES))
+    if inputs == "scale":
+        assert set(drawn) == {step_macs(own, often)}
+    else:
+        assert step_macs(own, often) != step_macs(own, 0.0)
+
+
+def test_each_scale_also_learns_the_sizes_that_it_serves(tmp_path, monkeypatch):
+    seen = []
+
+    def crops(*args):
+        seen.append(args)
+        return Crops(*args)
+
+    monkeypatch.setattr(sys.modules["msun.train"], "Crops", crops)
+    plain, _ = run(tmp_path / "plain", epochs=3, between=0.0)
+    half, _ = run(tmp_path / "half", epochs=3)
+    other, _ = run(tmp_path / "other", epochs=3, between=1.0)
+    run(tmp_path / "paper", preset="paper", max_steps=2)
+    ranges = tuple(served(TWO, plain.policy.routing).values())
+    assert [args[6:] for args in seen if args[2] is not None] == [
+        ((), 0.0, TWO[-1:]), (ranges, 0.5, TWO[-1:]), (ranges, 1.0, TWO[-1:]),
+        ((), 0.0, TWO),
+    ]  # fmt: skip
+    assert not same(weights(plain), weights(half))
+    assert not same(weights(half), weights(other))
+    with pytest.raises(ValueError, match=r"^bad between: 1.5: give a share"):
+        run(tmp_path / "bad", between=1.5)
