@@ -140,7 +140,7 @@ def best_start(
         frames = []
         for merge in ("follow", "full"):
             for start in STARTS:
-                net = build(loaded, at, task.scales, start=start, merge=merge)
+                net = build(loaded, at, task.scales, start=start, merge=merge, inputs="native")
                 table = evaluate(
                     net, images, task.scales, split="train", n_images=384, arm=start, rows=rows,
                     mean=loaded.mean, std=loaded.std, latency=False,
@@ -186,7 +186,7 @@ def run(name: str, data: Path, work: Path) -> None:
     at = chosen_cut(task, loaded, images, work, name)
     start = best_start(task, loaded, at, images, rows, work, name)
     nets = {
-        "lean": build(loaded, at, task.scales, start=start),
+        "lean": build(loaded, at, task.scales, start=start, inputs="native"),
         "single": build(loaded, at, task.scales[-1:]),
     }
     macs = {arm: sum(map(net.macs, net.scales)) for arm, net in nets.items()}
