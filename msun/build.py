@@ -260,7 +260,8 @@ def small_heads(
             full=grid(reference),
             native=lambda side=side: grid(side),  # type: ignore[misc]
         )
-        taken = take_out(own, side, wanted, known=known, axes=axes, dilated=start == "dilated")
+        taken = take_out(own, side, wanted, known=known, axes=axes, dilated=start == "dilated",
+                         first=policy.strides == "first")  # fmt: skip
         if start == "resampled":
             resample_first(taken.head, side / reference)
         heads[side] = taken.head

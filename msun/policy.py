@@ -37,6 +37,8 @@ class Policy:
             between the scales are not what the subnets learned; "native", it is fed as it is; or
             "small", resized where a scale below the reference serves it, else fed as it is, so
             that no size costs more than the reference's own cost at it.
+        strides: which strided steps of a head a small subnet loses, its "last" ones or its "first";
+            the latter keeps every pixel for longer and costs more. One and the same where all go.
         antialias: whether maps are shrunk to the merge grid with antialiasing.
         constraint: what training pulls together by default: "raw" or "normalised" features.
     """
@@ -46,6 +48,7 @@ class Policy:
     norm: str = "private"
     routing: str = "nearest"
     inputs: str = "native"
+    strides: str = "last"
     antialias: bool = True
     constraint: str = "normalised"
 
@@ -75,6 +78,7 @@ _VALUES: dict[str, tuple[object, ...]] = {
     "norm": ("shared", "private"),
     "routing": ("ceil", "nearest", "up"),
     "inputs": ("native", "small", "scale"),
+    "strides": ("last", "first"),
     "antialias": (True, False),
     "constraint": ("none", "raw", "normalised", "cka"),
 }

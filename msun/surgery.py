@@ -239,11 +239,12 @@ def take_out(
     known: tuple[int, ...],
     axes: tuple[int, int] = (2, 3),
     dilated: bool = False,
+    first: bool = False,
 ) -> Taken:
     """Take steps out of a head, last one first, until a small image's grid meets a wanted one.
 
     A stride of 4 becomes 2 where that suffices. A step that cannot go (the head would not run, or
-    gives no larger grid) stays, and the one before it is tried.
+    gives no larger grid even with the next ones) stays, and the one before it is tried.
 
     Args:
         head: left as it is; the new one shares its parameters.
@@ -252,6 +253,7 @@ def take_out(
         known: shape of images that the head takes, (n, c, h, w).
         axes: where rows and columns stand in its map.
         dilated: dilate what follows, so that the old grid's pixels keep their values.
+        first: take the first steps first, which keeps every pixel for longer and costs more.
 
     Raises:
         ValueError: images of that side cannot be taken, or a module that cannot be dilated.
@@ -270,15 +272,22 @@ def take_out(
     best, strides = twin(head), dict[tuple[int, int], int]()
     grid, fault = grid_of(best)
     every = steps(leaves)
-    for step in reversed(every):
+    vain = dict[tuple[int, int], int]()  # of tiny maps: sides are rounded up, so one alone is none
+    for step in every if first else reversed(every):
         for stride in _smaller(step.stride):
             if grid[0] >= wanted[0] and grid[1] >= wanted[1]:
                 break
-            tried = {**strides, step[:2]: stride}
-            attempt = _changed(head, leaves, every, tried, dilated=dilated)
-            finer, _ = grid_of(attempt)
-            if finer[0] * finer[1] > grid[0] * grid[1]:
-                best, strides, grid = attempt, tried, finer
+            for more in ({}, vain) if vain else ({},):
+                tried = {**strides, **more, step[:2]: stride}
+                attempt = _changed(head, leaves, every, tried, dilated=dilated)
+                finer, _ = grid_of(attempt)
+                if finer[0] * finer[1] > grid[0] * grid[1]:
+                    best, strides, grid = attempt, tried, finer
+                    vain = {}
+                    break
+            else:
+                if finer[0]:
+                    vain[step[:2]] = stride
     if not grid[0]:
         raise ValueError(
             f"the head cannot take images of this scale: {side} x {side}, {fault}: choose a "

@@ -128,6 +128,11 @@ ARMS: dict[str, Arm] = {
         {"inputs": "small"}, constraint=None, between=0.5, rate_of="g",
         readings={"lean+small, served": "recalibrated"},
     ),
+    "lean+first": Arm(
+        "lean+small, but small subnets lose their first strides first",
+        {"inputs": "small", "strides": "first"}, constraint=None, between=0.5, rate_of="g",
+        readings={"lean+first, served": "recalibrated"},
+    ),
     "lean+native": Arm(
         "lean+between, but every scale learns and gets its sizes as they are",
         constraint=None, between=0.5, rate_of="g",

@@ -124,6 +124,8 @@ def _ordered() -> Iterator[Run]:
         for budget in (1.0, 2.0):
             yield Run("glyphs", "residual", arm, 0, budget)
     yield from _cuts("glyphs", "residual", 0)
+    for cut in ("layer2", "layer3"):
+        yield Run("glyphs", "residual", "lean+first", 0, cut=cut)
     for arm in ON_CIFAR[:8]:
         yield Run("cifar10", "residual", arm, 0)
     for seed in (1, 2):
