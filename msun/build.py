@@ -57,7 +57,8 @@ def build(
         norm: "shared" or "private" batch norms, in place of the preset's.
         inputs: "native", "small" or "scale" (see `Policy`), in place of the preset's.
         start: of the small subnets: "copied"; "resampled", the first kernel to their pixel scale;
-            "dilated" where a stride was taken out, so that the old grid's pixels keep their values.
+            "dilated" where a stride was taken out, so that the old grid's pixels keep their values
+            (then the last strides go, whatever the policy says).
         policy: in place of the preset's.
         spec: plain values that say how to make the backbone again; a `LoadedModel` brings them.
 
@@ -261,7 +262,7 @@ def small_heads(
             native=lambda side=side: grid(side),  # type: ignore[misc]
         )
         taken = take_out(own, side, wanted, known=known, axes=axes, dilated=start == "dilated",
-                         first=policy.strides == "first")  # fmt: skip
+                         first=policy.strides == "first" and start != "dilated")  # fmt: skip
         if start == "resampled":
             resample_first(taken.head, side / reference)
         heads[side] = taken.head

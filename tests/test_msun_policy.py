@@ -121,7 +121,8 @@ def test_presets_and_their_choices():
         "full", "shared", "ceil", False, "raw",
     )  # fmt: skip
     assert (lean.inputs, paper.inputs) == ("small", "native")
-    assert lean.but(norm=None, merge="full") == Policy(merge="full", inputs="small")
+    assert (lean.strides, paper.strides) == ("first", "last")
+    assert lean.but(norm=None, merge="full") == policy_of("lean").but(merge="full")
     with pytest.raises(ValueError, match=r"^unknown merge policy: 'half': choose 'full' or"):
         lean.but(merge="half")
     with pytest.raises(ValueError, match=r"^unknown preset: 'x': choose 'paper' or 'lean'"):
@@ -135,7 +136,7 @@ def test_a_preset_can_be_added_once(monkeypatch):
     for name in ("mine", "lean"):
         with pytest.raises(ValueError, match=f"^preset name is taken: '{name}': "):
             policy.register(name, Policy())
-    assert policy_of("lean") == Policy(inputs="small")
+    assert policy_of("lean") == Policy(inputs="small", strides="first")
 
 
 def test_scales_are_sorted_and_checked():

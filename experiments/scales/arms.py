@@ -125,13 +125,13 @@ ARMS: dict[str, Arm] = {
     ),
     "lean+small": Arm(
         "lean+between, but the reference learns and gets its sizes as they are",
-        {"inputs": "small"}, constraint=None, between=0.5, rate_of="g",
+        {"inputs": "small", "strides": "first"}, constraint=None, between=0.5, rate_of="g",
         readings={"lean+small, served": "recalibrated"},
     ),
-    "lean+first": Arm(
-        "lean+small, but small subnets lose their first strides first",
-        {"inputs": "small", "strides": "first"}, constraint=None, between=0.5, rate_of="g",
-        readings={"lean+first, served": "recalibrated"},
+    "lean+last": Arm(
+        "lean+small, but small subnets lose their last strides first: another network only where "
+        "the cut lies behind more strides than go", {"inputs": "small"}, constraint=None,
+        between=0.5, rate_of="g", readings={"lean+last, served": "recalibrated"},
     ),
     "lean+native": Arm(
         "lean+between, but every scale learns and gets its sizes as they are",
@@ -162,12 +162,14 @@ ARMS: dict[str, Arm] = {
         enlarge="lean", between=1.0, rate_of="g", readings=_between("d3+always"),
     ),
     "own+small": Arm(
-        "lean+small without its constraint", {"inputs": "small"}, between=0.5, rate_of="g",
+        "lean+small without its constraint", {"inputs": "small", "strides": "first"},
+        between=0.5, rate_of="g",
         readings={"own+small, served": "recalibrated"},
     ),
     "lean+small+kd": Arm(
-        "lean+small + distillation", {"inputs": "small"}, constraint=None, between=0.5,
-        distill=1.0, rate_of="g", readings={"lean+small+kd, served": "recalibrated"},
+        "lean+small + distillation", {"inputs": "small", "strides": "first"},
+        constraint=None, between=0.5, distill=1.0, rate_of="g",
+        readings={"lean+small+kd, served": "recalibrated"},
     ),
     "lean+always": Arm(
         "lean+between in every step", {"inputs": "scale"}, constraint=None, between=1.0,

@@ -125,19 +125,21 @@ def _ordered() -> Iterator[Run]:
             yield Run("glyphs", "residual", arm, 0, budget)
     yield from _cuts("glyphs", "residual", 0)
     for cut in ("layer2", "layer3"):
-        yield Run("glyphs", "residual", "lean+first", 0, cut=cut)
+        yield Run("glyphs", "residual", "lean+last", 0, cut=cut)
     for arm in ON_CIFAR[:8]:
         yield Run("cifar10", "residual", arm, 0)
     for seed in (1, 2):
         yield from _cuts("glyphs", "residual", seed)
-        for arm in HEADLINE[:7]:
+        for arm in HEADLINE[:6]:
             yield Run("glyphs", "residual", arm, seed)
-    for arm in FIRST[8:20]:
-        yield Run("glyphs", "residual", arm, 0)
+        for arm in FIRST[9:15] if seed == 1 else ():
+            yield Run("glyphs", "residual", arm, 0)
+        for task, net in (("glyphs", "depthwise"), ("cifar10", "residual")):
+            if seed == 1:
+                yield from _cuts(task, net, 0)
+                yield Run(task, net, "d3+small", 0)
     for arm in HEADLINE:
         yield Run("glyphs", "depthwise", arm, 0)
-    for task, net in (("glyphs", "depthwise"), ("cifar10", "residual")):
-        yield from _cuts(task, net, 0)
     for arm in ON_CIFAR:
         yield Run("cifar10", "residual", arm, 0)
     for arm in (*FIRST, *TRIALS):
