@@ -52,6 +52,9 @@ def add(commands: Any) -> None:
          help="recovered is what comes this near to the later maximum (default 0.05)")  # fmt: skip
     word("--level", type=float, default=0.8, metavar="L",
          help="what CKA must stay above, for --rule threshold (default 0.8)")  # fmt: skip
+    word("--growth", type=float, default=0.5, metavar="G",
+         help="by what share subnets may enlarge the network, for --rule affordable (default "
+         "0.5)")  # fmt: skip
     word("--out", metavar="DIR", help="folder for split.json and split.png")
     probing = parser.add_argument_group("to probe first").add_argument
     probing("--data", metavar="DIR", help="folder of images, or `glyphs` (embedded)")
@@ -163,6 +166,7 @@ def _choose(
         view=args.view,
         delta=args.delta,
         level=args.level,
+        growth=args.growth,
         costs=subnet_costs(loaded.model, cuts, sides) if sides else None,
     )
 

@@ -32,6 +32,9 @@ class Curve:
         delta: how far below the later maximum counts as recovered.
         level: what CKA must stay above, for the rule that asks so.
         unbiased: False where the report says that CKA is biased.
+        parameters: (m,) how many lie before each cut; nan for other layers, and where unknown.
+        scales: sizes that the report holds, the reference among them: subnets there would be.
+        growth: by what share of the network's parameters subnets of their own may enlarge it.
     """
 
     layers: tuple[str, ...]
@@ -44,6 +47,9 @@ class Curve:
     delta: float = 0.05
     level: float = 0.8
     unbiased: bool = True
+    parameters: Floats | None = None
+    scales: int = 2
+    growth: float = 0.5
 
     @property
     def cuts(self) -> list[int]:
@@ -81,6 +87,7 @@ class Verdict:
         doubts: what speaks against a clear split; none where it is clear.
         dip: place of the dip, for rules that look for one; None on a curve that only falls.
         target: the CKA to be reached, likewise.
+        by_cka: whether it goes by CKA, so that what makes CKA uncertain makes it so.
     """
 
     order: tuple[int, ...]
@@ -90,6 +97,7 @@ class Verdict:
     doubts: tuple[str, ...] = ()
     dip: int | None = None
     target: float | None = None
+    by_cka: bool = True
 
     def apart(self, k: int, j: int) -> float:
         """Score at k less score at j in standard errors, as `Curve.apart`."""

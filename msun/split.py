@@ -29,6 +29,7 @@ def suggest_split(
     view: str | int | None = None,
     delta: float = 0.05,
     level: float = 0.8,
+    growth: float = 0.5,
     costs: pd.DataFrame | None = None,
 ) -> SplitChoice:
     """Where the layers that each scale has for itself should end, by a rule on a curve of CKA.
@@ -47,6 +48,8 @@ def suggest_split(
         view: whose curve; None is the smallest scale, the first view where they are no sizes.
         delta: how far below the later maximum counts as recovered, in CKA.
         level: what CKA must stay above, for `threshold`.
+        growth: how many parameters the further subnets may add, for `affordable`: a share of those
+            before the last valid cut. The sizes of the report are taken for the scales.
         costs: what `subnet_costs` or `head_costs` gave. A report holds what the whole network
             costs, not what the part before a cut does, so without it no GMACs are given.
 
@@ -73,11 +76,14 @@ def suggest_split(
     for what, number in (("delta", delta), ("level", level)):
         if not 0 <= number <= 1:
             raise ValueError(f"{what} out of range: {number}: give a difference in CKA, 0 to 1")
+    if not 0 < growth < math.inf:
+        raise ValueError(f"growth out of range: {growth}: give a share above 0, such as 0.5")
     view = _view(report, view)
     known = _cuts(cuts)
-    curve, tapped, empty = _curve(report, view, known, delta, level)
+    curve, tapped, empty = _curve(report, view, known, delta, level, growth)
     verdict = judge(curve)
-    doubts = tuple(dict.fromkeys([*_doubts(curve), *verdict.doubts]))
+    own = _doubts(curve) if verdict.by_cka else []
+    doubts = tuple(dict.fromkeys([*own, *verdict.doubts]))
     on_curve = {curve.layers[k] for k in curve.cuts}
     unprobed = tuple(cut.name for cut in known if cut.name not in on_curve | empty)
     ranking = _ranking(report, curve, verdict, tapped, {c.name: c for c in known}, costs)
@@ -142,7 +148,7 @@ def _cuts(cuts: Iterable[str | Cut]) -> list[Cut]:
 
 
 def _curve(
-    report: Report, view: str, known: list[Cut], delta: float, level: float
+    report: Report, view: str, known: list[Cut], delta: float, level: float, growth: float
 ) -> tuple[Curve, list[str], set[str]]:
     """The curve, the names under which the report holds its layers, and cuts without a value."""
     columns = {what: report.against(what=what)[view] for what in ("cka", "stderr", "low", "high")}
@@ -169,6 +175,8 @@ def _curve(
     cut_of = {at.get(cut, [*at.values()][-1]): cut for cut, at in runs.items()}
     twins = {label for at in runs.values() for label in at.values()} - cut_of.keys()
     tapped = [label for label in layers if label not in twins]
+    before = {cut.name: cut.parameters for cut in known if cut.parameters >= 0}
+    sizes = [name for name in report.views if name.isdecimal()]
     numbers = {what: column[tapped].to_numpy(np.float64) for what, column in columns.items()}
     curve = Curve(
         layers=tuple(cut_of.get(label, label) for label in tapped),
@@ -177,6 +185,9 @@ def _curve(
         delta=delta,
         level=level,
         unbiased=report.meta.get("unbiased") is not False,
+        parameters=np.array([before.get(cut_of.get(label, ""), np.nan) for label in tapped]),
+        scales=max(2, len(sizes)),
+        growth=growth,
         **numbers,
     )
     return curve, tapped, empty

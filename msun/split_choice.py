@@ -105,6 +105,7 @@ class SplitChoice:
         told |= {
             "reference": self.reference,
             "delta": self.curve.delta,
+            "growth": self.curve.growth,
             "level": self.curve.level,
             "dip": None if self.dip is None else self.curve.layers[self.dip],
             "target": self.target,

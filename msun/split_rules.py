@@ -167,7 +167,49 @@ def largest_recovery(curve: Curve) -> Verdict:
     return Verdict(order, scores, stderr, why, tuple(doubts))
 
 
+def affordable(curve: Curve) -> Verdict:
+    """The deepest cut that can be paid: subnets add no more parameters than `growth` allows.
+
+    It does not go by CKA. In the experiments that put the rules to the test (docs/splits.md) a
+    deeper cut was the better one as long as small subnets keep every pixel, and so it is in the
+    paper's own figures for ResNet-50; what it costs are parameters, since every scale has a copy
+    of what lies before it. The limit is a choice, not a measurement.
+
+    Returns:
+        Scores are the growth: parameters of the further subnets over those before the last valid
+        cut. First come the cuts within the limit, deepest first, then the others, cheapest first.
+        Without standard errors, and unclear only where no cut is within the limit.
+
+    Raises:
+        ValueError: it is not known how many parameters lie before the cuts.
+    """
+    before = curve.parameters
+    cuts = curve.cuts
+    if before is None or np.isnan(before[cuts]).any():
+        raise ValueError(
+            "parameters before the cuts are not known: cuts by name: give find_cuts(model), or "
+            "use another rule"
+        )
+    whole = max(float(before[cuts].max()), 1.0)
+    scores = np.full(len(curve.cka), np.nan)
+    scores[cuts] = (curve.scales - 1) * before[cuts] / whole
+    paid = [k for k in reversed(cuts) if scores[k] <= curve.growth + _ROUNDING]
+    order = (*paid, *(k for k in cuts if k not in paid))
+    best, limit = order[0], f"{100 * curve.growth:g} %"
+    adds = f"{curve.layers[best]}, where {curve.scales} subnets add {100 * scores[best]:.3g} %"
+    nothing = np.full(len(scores), np.nan)
+    if not paid:
+        why = f"every cut adds more than {limit} of the parameters; least does {adds}"
+        return Verdict(order, scores, nothing, why, (f"no cut is within {limit}",), by_cka=False)
+    why = f"the deepest valid cut within {limit} more parameters is {adds}"
+    if len(order) > len(paid):
+        after = next(k for k in cuts if k > best)
+        why += f"; {curve.layers[after]} would add {100 * scores[after]:.3g} %"
+    return Verdict(order, scores, nothing, why, by_cka=False)
+
+
 SPLIT_RULES: dict[str, Rule] = {
+    "affordable": affordable,
     "recovery": recovery,
     "threshold": threshold,
     "largest_recovery": largest_recovery,

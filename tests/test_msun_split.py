@@ -135,7 +135,7 @@ def test_a_callable_is_a_rule():
     ("rule", "error", "match"),
     [
         ("recover", ValueError, r"^unknown rule: 'recover': did you mean 'recovery'\? known are"),
-        ("x", ValueError, r"known are recovery, threshold, largest_recovery$"),
+        ("x", ValueError, r"known are affordable, recovery, threshold, largest_recovery$"),
         (3, TypeError, r"^no rule: 3: give a name or a callable"),
         (lambda c: [1.0], ValueError, r"gave scores of the shape \(1,\): return 19 scores"),
         (lambda c: "a", TypeError, r"gave no numbers: 'a': return"),
