@@ -35,7 +35,7 @@ def test_a_killed_run_goes_on_and_everything_is_drawn_from_the_tables(tmp_path, 
     from experiments.scales.draw import draw
 
     whole = bench(tmp_path / "whole")
-    for arm in ("lean", "single"):
+    for arm in ("lean", "lean+small", "single"):
         whole.execute(short(arm))
 
     killed, descend = bench(tmp_path / "killed"), Descent.descend
@@ -71,7 +71,7 @@ def test_a_killed_run_goes_on_and_everything_is_drawn_from_the_tables(tmp_path, 
         text = page.read_text()
         assert "old" not in text
         assert "| lean | " in text
-        assert "| lean, fed | " in text
+        assert "| lean+small, served | " in text
         assert "within 0.5 of (a) at 56 px" in text
     drawn = {p.name for p in (tmp_path / "figures").iterdir()}
     assert {"glyphs-residual-accuracy.png", "glyphs-residual-pareto.png"} <= drawn

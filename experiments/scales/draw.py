@@ -16,6 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from experiments.scales import tables
 from experiments.scales.ledger import Ledger
+from experiments.scales.manifest import CUTS
 from experiments.scales.split import by_cut, picks, regrets
 
 __all__ = ["draw"]
@@ -33,8 +34,8 @@ LINES = {  # arm -> (colour, mark, in words); Okabe and Ito's colours, told apar
     "line": ("#0072b2", "_", "one network per size"),
 }
 PANELS = {  # how images between the scales are met -> the arms' suffix
-    "fed as they are": "", "resized to the scale that serves them": ", fed",
-    "trained for that, too": "+between",
+    "fed as they are": "", "resized to the scale that serves them": ", served",
+    "trained for that, but the largest": "+small, served",
 }  # fmt: skip
 TICKS = (-30, -10, -3, -1, 0, 1, 3, 10, 30, 90)
 
@@ -59,7 +60,7 @@ def draw(ledger: Ledger, page: Path) -> None:
         main = tables.main_table(runs, trainings, task, net)
         blocks[f"main {name}"] = markdown(main.reset_index())
         asked = diffs["arm"].drop_duplicates()
-        leans = ("lean", "lean, fed", "lean+between")
+        leans = ("lean", "lean, served", "lean+small, served")
         blocks[f"lean {name}"] = markdown(tables.pair_table(diffs, task, net, leans))
         others = tuple(arm for arm in asked if arm not in leans)
         blocks[f"factors {name}"] = markdown(tables.pair_table(diffs, task, net, others))
@@ -73,6 +74,8 @@ def draw(ledger: Ledger, page: Path) -> None:
     cuts = by_cut(runs, trainings)
     wide = cuts.pivot_table(index=["task", "net", "cut"], values=["top1", "mmacs", "params"])
     blocks["cuts"] = markdown(wide.round(3).reset_index() if len(cuts) else cuts)
+    if len(cuts):
+        save(by_depth(cuts, ledger.read("splits")), figures / "cuts.png")
     blocks["choices"] = markdown(picks(ledger.read("splits")))
     blocks["regret"] = markdown(regrets(cuts, ledger.read("splits")))
     fill(page / "README.md", blocks)
@@ -117,6 +120,30 @@ def base(arm: str) -> str:
     return re.split(r"[+,=]", arm)[0]
 
 
+def by_depth(cuts: pd.DataFrame, said: pd.DataFrame) -> Axes:
+    """Accuracy by cut beside CKA at the cut, a panel a task and backbone; points are seeds."""
+    groups = list(cuts.groupby(["task", "net"], sort=False))
+    size = (3.4 * len(groups) + 0.6, 3.4)
+    _, axes = plt.subplots(1, len(groups), figsize=size, squeeze=False)
+    for ax, ((task, net), part) in zip(axes[0], groups, strict=True):
+        places = {cut: k for k, cut in enumerate(CUTS[str(net)])}
+        mean = part.groupby("cut")["top1"].mean().rename(places).sort_index()
+        ax.plot(mean.index, mean, color="#d55e00", marker="*", markersize=9)
+        ax.plot(part["cut"].map(places), part["top1"], ".", color="#d55e00", alpha=0.5)
+        ax.set_xticks(list(places.values()), list(places))
+        ax.set_title(f"{task}, {net}", fontsize=10)
+        ax.set_ylabel("top-1 (%), mean over the sizes", color="#d55e00", fontsize=9)
+        mine = said[(said["task"] == task) & (said["net"] == net)]
+        cka = mine.groupby("layer")["cka"].mean().rename(places).sort_index()
+        other = ax.twinx()
+        other.plot(cka.index, cka, color="#0072b2", marker="o", markersize=4)
+        other.set_ylim(0, 1)
+        other.set_ylabel("CKA, smallest scale with the largest", color="#0072b2", fontsize=9)
+        ax.grid(alpha=0.25)
+    axes[0][0].figure.tight_layout()
+    return axes[0][0]
+
+
 def by_size(table: pd.DataFrame) -> Axes:
     """Accuracy by size, a line an arm, a panel a way of serving sizes between the scales."""
     sizes = table[table["view"].str.isdecimal()].assign(side=lambda t: t["view"].astype(int))
@@ -154,7 +181,7 @@ def pareto(table: pd.DataFrame) -> Axes:
     """Mean accuracy over the sizes against mean MACs; the front as a line.
 
     Filled: images as they are. Hollow: resized to the scale that serves them; large and hollow:
-    trained for that, too.
+    trained for that, too, the largest scale apart.
     """
     _, ax = plt.subplots(figsize=(7.4, 5.4))
     means = table[table["view"] == "mean"].groupby("arm")[["mmacs", "top1"]].mean()
@@ -163,9 +190,9 @@ def pareto(table: pd.DataFrame) -> Axes:
     ax.step(front["mmacs"], front["top1"], where="post", color="#bbbbbb", linewidth=1, zorder=0)
     for arm, row in means.iterrows():
         colour, mark, _ = LINES.get(base(str(arm)), ("#666666", ".", ""))
-        hollow = "fed" in str(arm) or "between" in str(arm)
+        hollow = "fed" in str(arm) or "served" in str(arm)
         ax.plot(row["mmacs"], row["top1"], color=colour, marker=mark,
-                markersize=10 if "between" in str(arm) else 7,
+                markersize=10 if "small" in str(arm) else 7,
                 markerfacecolor="white" if hollow else colour)  # fmt: skip
     wide, high = (float(np.ptp(means[c])) or 1.0 for c in ("mmacs", "top1"))
     ax.set_xlim(means["mmacs"].min() - 0.05 * wide, means["mmacs"].max() + 0.22 * wide)
@@ -189,7 +216,7 @@ def against(diffs: pd.DataFrame, task: str, net: str) -> pd.DataFrame:
     rows = rows[rows["arm"].isin(["lean" + suffix for suffix in PANELS.values()])]
     plain = rows["other"].isin(["a", "a+bn", "a=epochs", "c1+bn"])
     alike = [
-        ("fed" in arm) == ("fed" in other) and ("between" in arm) == ("between" in other)
+        ("served" in arm) == ("served" in other) and ("small" in arm) == ("small" in other)
         for arm, other in zip(rows["arm"], rows["other"], strict=True)
     ]
     return rows[plain | pd.Series(alike, index=rows.index, dtype=bool)]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import pandas as pd
 
 from experiments.scales.arms import ARMS, PAIRS
-from experiments.scales.manifest import CUT, LINE
+from experiments.scales.manifest import CUT, DESIGN, LINE
 from experiments.scales.stats import holm, interval
 
 __all__ = ["LABELS", "accuracy", "differences", "flatness", "main_table", "rates_table", "verdict"]
 
 LABELS = tuple(dict.fromkeys(label for arm in ARMS.values() for label in arm.readings))
 # what the MSUN must beat, in the order of how much it costs to have them
-RIVALS = ("c3", "d1", "d2", "c3, enlarged", "d3", "g")
+JUDGED = f"{DESIGN}, served"
+RIVALS = ("c3, served", "c3, enlarged, served", "d1, served", "d2, served", "d3, served",
+          "d3+small, served", "g, served", "g+small, served")  # fmt: skip
 GROUP = ["task", "net"]
 
 
@@ -133,11 +135,11 @@ def verdict(runs: pd.DataFrame, diffs: pd.DataFrame, task: str, net: str) -> pd.
     table = accuracy(runs)
     table = table[(table["task"] == task) & (table["net"] == net)]
     macs = table.groupby(["arm", "view"])["mmacs"].mean()
-    mine = diffs[(diffs["task"] == task) & (diffs["net"] == net) & (diffs["arm"] == "lean")]
+    mine = diffs[(diffs["task"] == task) & (diffs["net"] == net) & (diffs["arm"] == JUDGED)]
     by = {(r["other"], r["view"]): r for _, r in mine.iterrows()}
     rows: list[dict[str, str]] = []
-    if {"lean", "paper"} <= set(macs.index.get_level_values("arm")):
-        ratio = macs["lean"] / macs["paper"]
+    if {JUDGED, "paper"} <= set(macs.index.get_level_values("arm")):
+        ratio = macs[JUDGED] / macs["paper"]
         at = ratio.drop(["mean", "mixed"], errors="ignore").idxmax()
         rows.append({"criterion": "never dearer than paper at any size",
                      "found": f"at most {ratio[at]:.2f} of paper's MACs (at {at} px)",
@@ -145,7 +147,7 @@ def verdict(runs: pd.DataFrame, diffs: pd.DataFrame, task: str, net: str) -> pd.
         rows.append({"criterion": "mean MACs at most 0.65 of paper's",
                      "found": f"{ratio['mean']:.3f}",
                      "met": _yes(ratio["mean"] <= 0.65)})  # fmt: skip
-    for other in ("paper", "paper+bn"):
+    for other in ("paper", "paper+bn", "paper, served"):
         at = [r for (o, v), r in by.items() if o == other and v.isdecimal()]
         if at:
             worst = min(at, key=lambda r: r["diff"])
