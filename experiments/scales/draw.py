@@ -76,6 +76,7 @@ def draw(ledger: Ledger, page: Path) -> None:
     blocks["cuts"] = markdown(wide.round(3).reset_index() if len(cuts) else cuts)
     if len(cuts):
         save(by_depth(cuts, ledger.read("splits")), figures / "cuts.png")
+    blocks["depth"] = markdown(tables.by_cut(ledger.read("pairs"), CUTS))
     blocks["choices"] = markdown(picks(ledger.read("splits")))
     blocks["regret"] = markdown(regrets(cuts, ledger.read("splits")))
     fill(page / "README.md", blocks)
@@ -185,12 +186,13 @@ def pareto(table: pd.DataFrame) -> Axes:
     """
     _, ax = plt.subplots(figsize=(7.4, 5.4))
     means = table[table["view"] == "mean"].groupby("arm")[["mmacs", "top1"]].mean()
-    means = means.sort_values(["mmacs", "top1"], ascending=[True, False])
+    trial = means.index.str.contains("fed|between|up|native|always|kd")
+    means = means[~trial].sort_values(["mmacs", "top1"], ascending=[True, False])
     front = means[means["top1"] > means["top1"].shift(fill_value=-1).cummax()]
     ax.step(front["mmacs"], front["top1"], where="post", color="#bbbbbb", linewidth=1, zorder=0)
     for arm, row in means.iterrows():
         colour, mark, _ = LINES.get(base(str(arm)), ("#666666", ".", ""))
-        hollow = "fed" in str(arm) or "served" in str(arm)
+        hollow = "served" in str(arm)
         ax.plot(row["mmacs"], row["top1"], color=colour, marker=mark,
                 markersize=10 if "small" in str(arm) else 7,
                 markerfacecolor="white" if hollow else colour)  # fmt: skip

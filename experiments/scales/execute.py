@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 
 from experiments.scales.arms import ARMS, PAIRS, made
 from experiments.scales.ledger import Ledger
-from experiments.scales.manifest import BATCH, UNIT, Run, rate_budget, rate_runs
+from experiments.scales.manifest import BATCH, CUT, UNIT, Run, rate_budget, rate_runs
 from experiments.scales.split import choices
 from experiments.scales.stats import paired
 from experiments.scales.tasks import Held, Task, held
@@ -28,6 +28,7 @@ from msun.scores import Predictions
 
 __all__ = ["Bench", "steps_of"]
 
+GROUP = ("task", "net", "cut", "budget", "seed")
 RE_ESTIMATED_ON = 512  # training images, for the statistics of each size
 
 
@@ -130,7 +131,8 @@ class Bench:
             self.ledger.add("trainings", [row])
         self.ledger.add("runs", rows)
         if run.tested and run.budget == 1:
-            self.ledger.add("pairs", list(self._pairs(run, labels)))
+            with self.ledger.turn:
+                self.pair()
         if run.arm == "single" and run.tested and run.budget == 1:
             self.ledger.add("splits", choices(run, task, images, folder / "model.pt"))
         took = time.process_time() - began
@@ -212,23 +214,39 @@ class Bench:
             shown = recalibrated(shown, images, every, **how)
         return shown, "native"
 
-    def _pairs(self, run: Run, labels: list[str]) -> Iterator[dict[str, Any]]:
-        """New readings beside those of the same seed whose predictions are still here."""
-        frame = self.ledger.read("runs")
-        for name in ("task", "net", "cut", "budget", "seed"):
-            frame = frame[frame[name] == getattr(run, name)]
-        frame = frame[frame["split"] == "test"]
-        known = dict.fromkeys(zip(frame["arm"], frame["key"], strict=True))
-        here = [(arm, self.work / "runs" / key) for arm, key in known]
-        base = {name: getattr(run, name) for name in ("task", "net", "cut", "budget", "seed")}
-        for (arm, folder), (other, rival) in product(here, here):
-            new = (arm in labels, folder.name) == (True, run.key)
-            new |= (other in labels, rival.name) == (True, run.key)
-            if new and (arm, other) in PAIRS:
-                a, b = predictions(folder, arm, "test"), predictions(rival, other, "test")
-                if a.exists() and b.exists():
-                    for row in paired(Predictions.load(a), Predictions.load(b)):
-                        yield {**base, "arm": arm, "other": other, **row}
+    def pair(self) -> None:
+        """Compare what is comparable and not in the ledger yet, as far as predictions are here."""
+        frame, known = self.ledger.read("runs"), self.ledger.read("pairs")
+        frame = frame[(frame["split"] == "test") & (frame["budget"] == 1)]
+        done = set(zip(*(known[c] for c in (*GROUP, "arm", "other")), strict=True))
+        for group, mine in frame.groupby(list(GROUP)):
+            task, net, cut, _, seed = group
+            ours = dict(zip(mine["arm"], mine["key"], strict=True))
+            others = dict(ours)
+            if cut != CUT:  # beside networks that have no cut
+                at = (frame["task"] == task) & (frame["net"] == net) & (frame["seed"] == seed)
+                home = frame[at & (frame["cut"] == CUT) & frame["run"].map(_has_no_cut)]
+                others |= dict(zip(home["arm"], home["key"], strict=True))
+            rows: list[dict[str, Any]] = []
+            for arm, other in product(ours, others):
+                if (arm, other) in PAIRS and (*group, arm, other) not in done:
+                    a, b = (
+                        predictions(self.work / "runs" / key, label, "test")
+                        for label, key in ((arm, ours[arm]), (other, others[other]))
+                    )
+                    if a.exists() and b.exists():
+                        base = dict(zip(GROUP, group, strict=True))
+                        base |= {"arm": arm, "other": other}
+                        found = paired(Predictions.load(a), Predictions.load(b))
+                        rows += [{**base, **row} for row in found]
+            if rows:
+                self.ledger.add("pairs", rows)
+
+
+def _has_no_cut(run: str) -> bool:
+    """Whether an arm is the same network wherever the head ends."""
+    arm = ARMS[run]
+    return arm.scales != "all" or arm.choices.get("merge") == "native"
 
 
 def predictions(folder: Path, label: str, split: str) -> Path:

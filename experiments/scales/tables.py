@@ -15,6 +15,7 @@ LABELS = tuple(dict.fromkeys(label for arm in ARMS.values() for label in arm.rea
 JUDGED = f"{DESIGN}, served"
 RIVALS = ("c3, served", "c3, enlarged, served", "d1, served", "d2, served", "d3, served",
           "d3+small, served", "g, served", "g+small, served")  # fmt: skip
+NO_CUT = ("d3, served", "d3+small, served", "c3, served", "a", "a+bn")
 GROUP = ["task", "net"]
 
 
@@ -106,6 +107,21 @@ def pair_table(diffs: pd.DataFrame, task: str, net: str, arms: tuple[str, ...]) 
         row["worse at"] = " ".join(worse["view"])
         rows.append({**row, "seeds": int(part["seeds"].max())})
     return pd.DataFrame(rows)
+
+
+def by_cut(pairs: pd.DataFrame, cuts: dict[str, tuple[str, ...]]) -> pd.DataFrame:
+    """The design cut at each place, minus networks that have no cut: mean over sizes, mixed."""
+    rows = []
+    for cut in dict.fromkeys(cut for places in cuts.values() for cut in places):
+        found = differences(pairs, cut=cut)
+        found = found[(found["arm"] == JUDGED) & found["other"].isin(NO_CUT)]
+        for (task, net, other), part in found.groupby([*GROUP, "other"], sort=False):
+            by = part.set_index("view")
+            row = {"task": task, "net": net, "cut": cut, "other": other}
+            row |= {v: told(by.loc[v]) for v in ("mean", "mixed") if v in by.index}
+            rows.append({**row, "seeds": int(part["seeds"].max())})
+    table = pd.DataFrame(rows)
+    return table.sort_values([*GROUP, "other"], kind="stable") if rows else table
 
 
 def flatness(runs: pd.DataFrame) -> pd.DataFrame:
