@@ -75,7 +75,7 @@ def build(
     >>> net = build(resnet18(num_classes=10), "layer1", [32, 64, 128]).eval()
     >>> images = [torch.zeros(3, 40, 32), torch.zeros(3, 128, 128)]
     >>> net(images).shape, [round(net.macs(side) / 1e6) for side in net.scales]
-    (torch.Size([2, 10]), [141, 148, 592])
+    (torch.Size([2, 10]), [148, 148, 592])
     """
     policy = (policy or policy_of(preset)).but(
         subnets=subnets, merge=merge, norm=norm, inputs=inputs

@@ -45,8 +45,8 @@ def add(commands: Any) -> None:
     word("report", nargs="?", metavar="report.npz", help="what `cka-probe run` wrote, best with "
          "--resize restore; without it --data and --scales say what to probe")  # fmt: skip
     add_model(parser, weights=None)
-    word("--rule", default="recovery", metavar="R", help=f"{', '.join(SPLIT_RULES)} "
-         "(default recovery)")  # fmt: skip
+    word("--rule", default="affordable", metavar="R", help=f"{', '.join(SPLIT_RULES)} "
+         "(default affordable: the deepest cut within --growth)")  # fmt: skip
     word("--view", metavar="V", help="whose curve; default: the smallest scale")
     word("--delta", type=float, default=0.05, metavar="D",
          help="recovered is what comes this near to the later maximum (default 0.05)")  # fmt: skip

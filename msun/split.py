@@ -25,26 +25,30 @@ def suggest_split(
     report: Report,
     cuts: Iterable[str | Cut],
     *,
-    rule: str | Rule = "recovery",
+    rule: str | Rule | None = None,
     view: str | int | None = None,
     delta: float = 0.05,
     level: float = 0.8,
     growth: float = 0.5,
     costs: pd.DataFrame | None = None,
 ) -> SplitChoice:
-    """Where the layers that each scale has for itself should end, by a rule on a curve of CKA.
+    """Where the layers that each scale has for itself should end: a cut by a rule, with reasons.
+
+    The default is the deepest cut that can be paid (`affordable`), since in trained networks the
+    rules that read CKA chose worse ones (docs/splits.md); the curve of CKA comes with it.
 
     The curve: every layer in one view held against itself in the reference. Layers that are no
     valid cuts shape it but cannot be chosen; valid cuts that were not probed are named. A
-    `restore` report of unbiased CKA is what the default rule was made for: with `native` the
-    convolutions see another field of view, which lowers CKA by itself; that is said in `why`.
+    `restore` report of unbiased CKA is what `recovery` was made for: with `native` the convolutions
+    see another field of view, which lowers CKA by itself; that is said in `why`.
 
     Args:
         report: what `probe` found, of two views or more.
         cuts: what `find_cuts(model)` or `cut_points(model)` gave. The latter knows each cut by one
             name only: a block probed as "layer1.1" is then not known to be the cut "layer1".
-        rule: "recovery", "threshold", "largest_recovery", what `register_rule` added, or a callable
-            on a `Curve`.
+        rule: "affordable", "recovery", "threshold", "largest_recovery", what `register_rule` added,
+            or a callable on a `Curve`; None for "affordable", or where the cuts are names, so that
+            it is not known how many parameters lie before them, "recovery".
         view: whose curve; None is the smallest scale, the first view where they are no sizes.
         delta: how far below the later maximum counts as recovered, in CKA.
         level: what CKA must stay above, for `threshold`.
@@ -70,9 +74,8 @@ def suggest_split(
     >>> how = {"resize": "restore", "batch_size": 16, "progress": False}
     >>> report = probe(glyphnet(), images, [16, 64], **how)
     >>> suggest_split(report, find_cuts(glyphnet(), images[:2])).layer
-    'layer1.0'
+    'layer2'
     """
-    name, judge = get_rule(rule)
     for what, number in (("delta", delta), ("level", level)):
         if not 0 <= number <= 1:
             raise ValueError(f"{what} out of range: {number}: give a difference in CKA, 0 to 1")
@@ -80,6 +83,8 @@ def suggest_split(
         raise ValueError(f"growth out of range: {growth}: give a share above 0, such as 0.5")
     view = _view(report, view)
     known = _cuts(cuts)
+    counted = all(cut.parameters >= 0 for cut in known)
+    name, judge = get_rule(rule or ("affordable" if counted else "recovery"))
     curve, tapped, empty = _curve(report, view, known, delta, level, growth)
     verdict = judge(curve)
     own = _doubts(curve) if verdict.by_cka else []

@@ -84,8 +84,10 @@ def test_rule_view_and_numbers_reach_it_and_nothing_is_written_unasked(capsys, h
     assert "CKA stays at 0.01 or above" in out
     report = Report.load(home / "report.npz")
     assert f"{report.against()['16']['2']:.3f}" in out
-    wide = run(capsys, *words, "--delta", "1")
+    wide = run(capsys, *words, "--rule", "recovery", "--delta", "1")
     assert "less 1" in wide
+    every = run(capsys, *words, "--growth", "9")
+    assert "the deepest valid cut within 900 % more parameters" in every.lower()
     assert sorted(home.iterdir()) == before
 
 
@@ -115,6 +117,13 @@ def test_the_embedded_case(capsys, tmp_path):
     assert out.startswith("glyphnet: probing at 16, 64 px\n")
     told = json.loads((tmp_path / "split.json").read_text())
     assert {row["layer"] for row in told["ranking"]} >= {"stem", "layer1", "layer2", "layer3"}
+    assert told["clear"]
+    assert told["rule"] == "affordable"
+    assert f"cut after {told['layer']}" in out
+    words += ["--overwrite", "--rule", "recovery", "--out", str(tmp_path)]
+    assert cli.main(["suggest", *words, "--batch-size", "16"]) == 0
+    out, _ = capsys.readouterr()
+    told = json.loads((tmp_path / "split.json").read_text())
     assert not told["clear"]  # its curve only falls
     assert "no clear split" in out
     assert "CKA never rises" in told["why"]

@@ -27,7 +27,7 @@ def test_a_cut_is_known_by_all_its_names():
     layers = ["stem", "layer1.0", "layer1.1", "layer2.0", "layer2.1"]
     r = report([0.9, 0.5, 0.8, 0.8, 0.6], labels=layers)
     cuts = [cut_of("stem"), cut_of("layer1", "layer1.1"), cut_of("layer2", "layer2.1")]
-    choice = suggest_split(r, cuts)
+    choice = suggest_split(r, cuts, rule="recovery")
     assert choice.layer == "layer1"
     assert choice.ranking.set_index("layer")["tapped"]["layer1"] == "layer1.1"
     assert choice.curve.layers == ("stem", "layer1.0", "layer1", "layer2.0", "layer2")
@@ -186,7 +186,8 @@ def test_the_ranking_holds_numbers_maps_and_costs():
     costs = pd.DataFrame(
         {"parameters": [7.0] * 5, "gmacs_32": np.arange(5.0)}, index=pd.Index(names(5)[::-1])
     )
-    table = suggest_split(r, cuts, costs=costs).ranking.set_index("layer")
+    by_cka = {"rule": "recovery"}
+    table = suggest_split(r, cuts, costs=costs, **by_cka).ranking.set_index("layer")
     assert table.index[0] == "features.1"
     assert table.loc["features.1", ["channels", "grid"]].tolist() == [8, "14 x 14"]
     assert table.loc["features.2", "grid"] == ""

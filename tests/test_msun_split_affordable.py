@@ -68,6 +68,14 @@ def test_uncertain_cka_makes_no_doubt_of_it():
         assert suggest_split(told, known([5, 20, 60, 100]), **how).clear
 
 
+def test_it_is_the_default_where_parameters_are_known():
+    counted = known([5, 20, 60, 100])
+    assert suggest_split(report(RESTORED[:4]), counted).rule == "affordable"
+    assert suggest_split(report(RESTORED[:4]), names(4)).rule == "recovery"
+    one = [counted[0], *names(4)[1:]]
+    assert suggest_split(report(RESTORED[:4]), one).rule == "recovery"
+
+
 def test_unknown_parameters_and_bad_limits():
     with pytest.raises(ValueError, match=r"^parameters before the cuts are not known: cuts by"):
         suggest_split(report(RESTORED), names(19), rule="affordable")

@@ -128,16 +128,20 @@ def _ordered() -> Iterator[Run]:
         yield Run("glyphs", "residual", "lean+last", 0, cut=cut)
     for arm in ON_CIFAR[:8]:
         yield Run("cifar10", "residual", arm, 0)
+    yield from _cuts("glyphs", "residual", 1)
+    for task, net in (("cifar10", "residual"), ("glyphs", "depthwise")):
+        yield from _cuts(task, net, 0)
+        yield Run(task, net, "d3+small", 0)
+    for arm in ("d3+small", "g+small"):
+        yield Run("glyphs", "residual", arm, 1)
+    for arm in ("own+small", "d1", "c2, enlarged", "c2+small"):
+        yield Run("glyphs", "residual", arm, 0)
+    yield from _cuts("glyphs", "residual", 2)
     for seed in (1, 2):
-        yield from _cuts("glyphs", "residual", seed)
         for arm in HEADLINE[:6]:
             yield Run("glyphs", "residual", arm, seed)
-        for arm in FIRST[9:15] if seed == 1 else ():
-            yield Run("glyphs", "residual", arm, 0)
-        for task, net in (("glyphs", "depthwise"), ("cifar10", "residual")):
-            if seed == 1:
-                yield from _cuts(task, net, 0)
-                yield Run(task, net, "d3+small", 0)
+    for arm in FIRST[8:20]:
+        yield Run("glyphs", "residual", arm, 0)
     for arm in HEADLINE:
         yield Run("glyphs", "depthwise", arm, 0)
     for arm in ON_CIFAR:

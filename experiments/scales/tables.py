@@ -15,7 +15,7 @@ LABELS = tuple(dict.fromkeys(label for arm in ARMS.values() for label in arm.rea
 JUDGED = f"{DESIGN}, served"
 RIVALS = ("c3, served", "c3, enlarged, served", "d1, served", "d2, served", "d3, served",
           "d3+small, served", "g, served", "g+small, served")  # fmt: skip
-NO_CUT = ("d3, served", "d3+small, served", "c3, served", "a", "a+bn")
+NO_CUT = ("d3+small, served", "c3, served", "a+bn")
 GROUP = ["task", "net"]
 
 
