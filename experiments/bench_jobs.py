@@ -138,13 +138,13 @@ def blocks(model: nn.Module) -> list[str]:
 
 def resnet50_blocks() -> Job:
     model = torchvision.models.resnet50()
-    return network_job(model, blocks(model), 64, 224, 32)
+    return network_job(model, blocks(model), 128, 224, 32)
 
 
 def resnet50_convs() -> Job:
     model = torchvision.models.resnet50()
     convs = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
-    return network_job(model, convs, 256, 64, 64)
+    return network_job(model, convs, 512, 64, 64)
 
 
 def eight_scales() -> Job:

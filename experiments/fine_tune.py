@@ -118,7 +118,7 @@ def chosen_cut(task: Task, loaded: LoadedModel, images: Path, work: Path, name: 
         )  # fmt: skip
     cuts = find_cuts(loaded.model, example_images(loaded.model, task.probed[-1]))
     costs = subnet_costs(loaded.model, cuts, task.scales)
-    choice = suggest_split(Report.load(path), cuts, costs=costs)
+    choice = suggest_split(Report.load(path), cuts, rule="recovery", costs=costs)
     choice.save(work / "split.json")
     choice.ranking.round(4).to_csv(HERE / "results" / f"tune_{name}_split.csv", index=False)
     save_figure(split_curve(choice), HERE / "figures" / f"tune_{name}_split.png", dpi=90)

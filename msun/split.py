@@ -111,6 +111,7 @@ def suggest_split(
         dip=verdict.dip,
         target=verdict.target,
         rule=name,
+        by_cka=verdict.by_cka,
         view=view,
         reference=report.reference,
     )

@@ -44,6 +44,7 @@ class SplitChoice:
         rule: its name.
         view: of the curve.
         reference: the view that it is held against.
+        by_cka: whether the rule goes by CKA at all.
     """
 
     layer: str | None
@@ -62,6 +63,7 @@ class SplitChoice:
     rule: str
     view: str
     reference: str
+    by_cka: bool = True
 
     def __repr__(self) -> str:
         return f"<SplitChoice {self.headline}>"
@@ -92,6 +94,8 @@ class SplitChoice:
             return "No other cut was in question."
         score = float(self.ranking["score"].iloc[1])
         said = f"Runner-up: {self.runner_up}, score {score:.3f} against {self.score:.3f}"
+        if not self.by_cka:
+            return f"{said}."
         if math.isnan(self.apart):
             return f"{said}; without standard errors that says nothing."
         return f"{said}, {abs(self.apart):.1f} standard errors apart."

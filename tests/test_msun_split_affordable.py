@@ -55,6 +55,7 @@ def test_reasons_name_what_is_added():
     assert (choice.layer, choice.runner_up, choice.clear) == ("features.1", "features.0", True)
     assert "features.1, where 2 subnets add 20 %; features.2 would add 60 %" in choice.why
     assert choice.ranking["score"].tolist() == [0.2, 0.05, 0.6, 1.0]
+    assert choice.rivalry == "Runner-up: features.0, score 0.050 against 0.200."
     dear = suggest_split(report(RESTORED[:2]), known([90, 100]), rule="affordable")
     assert (dear.layer, dear.clear) == ("features.0", False)
     assert "Every cut adds more than 50 %" in dear.why
