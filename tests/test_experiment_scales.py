@@ -272,3 +272,16 @@ def test_regret_is_measured_on_the_seeds_that_did_not_choose():
     assert table.loc["always stem", "regret"] == row["regret"]
     assert table.loc["always layer1", "regret"] == pytest.approx(((70.0 - 72.0) + 0.0) / 2)
     assert "always layer2" not in table.index  # not trained
+
+
+def test_latency_is_a_ratio_to_enlarging_everything():
+    import pandas as pd
+
+    from experiments.scales.latency import TIMED, table, timed
+
+    rows = pd.DataFrame(timed("glyphs", "residual", turns=1))
+    assert len(rows) == 3 * len(TIMED)
+    own = rows[rows["arm"] == "a"]
+    assert set(own["ratio"]) == {1.0}
+    assert (rows["ms_64"] > 0).all()
+    assert list(table(rows).columns) == ["task", "net", "arm", "8 px", "32 px", "56 px"]

@@ -2,6 +2,7 @@
 
 python -m experiments.scales run --data ../shared/data --work out/scales [--minutes 60]
                                         # one core; start it once for each core
+python -m experiments.scales time       # latency, on a quiet machine
 python -m experiments.scales draw       # tables and figures from results/ alone
 python -m experiments.scales list       # what has run and what is left
 """
@@ -13,11 +14,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
 from filelock import FileLock, Timeout
 
 from experiments.scales.execute import Bench
 from experiments.scales.ledger import Ledger
-from experiments.scales.manifest import Run, manifest
+from experiments.scales.manifest import CUTS, Run, manifest
 from experiments.scales.tasks import TASKS
 
 HERE = Path(__file__).resolve().parent
@@ -27,7 +29,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.scales", description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
-    parser.add_argument("what", choices=("run", "draw", "list"))
+    parser.add_argument("what", choices=("run", "time", "draw", "list"))
     parser.add_argument("--data", type=Path, help="folder with images/ (CIFAR-10)")
     parser.add_argument("--work", type=Path, default=Path("out/scales"), help="working files")
     parser.add_argument("--minutes", type=float, default=float("inf"),
@@ -39,6 +41,12 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(HERE / "results", args.work / "ledger.lock")
     runs = [run for run in manifest() if any(word in run.key for word in args.only)]
+    if args.what == "time":
+        from experiments.scales.latency import timed
+
+        rows = [row for net in CUTS for row in timed("glyphs", net)]
+        ledger.rewrite("latency", pd.DataFrame(rows))
+        return
     if args.what == "draw":
         from experiments.scales.draw import draw
 
