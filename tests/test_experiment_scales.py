@@ -285,3 +285,23 @@ def test_latency_is_a_ratio_to_enlarging_everything():
     assert set(own["ratio"]) == {1.0}
     assert (rows["ms_64"] > 0).all()
     assert list(table(rows).columns) == ["task", "net", "arm", "8 px", "32 px", "56 px"]
+
+
+def test_gradients_of_one_scale_twice_are_parallel(monkeypatch):
+    from experiments.scales import why
+    from experiments.scales.arms import ARMS, made
+    from experiments.scales.tasks import TASKS, Held
+
+    torch.manual_seed(0)
+    images = Held(torch.randint(0, 256, (64, 1, 56, 56), dtype=torch.uint8),
+                  torch.arange(64) % 62, "noise", 62)  # fmt: skip
+    net = made(ARMS["c2"], TASKS["glyphs"], "residual", at="layer1", seed=0)
+    rows = why.inside(net, images, images, batches=2)
+    assert [(r["scale"], r["other"]) for r in rows] == [(8, 32), (8, 56), (32, 56)]
+    assert all(-1 <= r["cosine"] <= 1 for r in rows)
+    assert [r["cka"] == r["cka"] for r in rows] == [False, True, True]
+    x, y = images.stacked(range(32))
+    shared = list(net.tail.parameters())
+    a, b = (why._gradient(net, x, y, 56, shared) for _ in range(2))
+    assert float(torch.nn.functional.cosine_similarity(a, b, dim=0)) == pytest.approx(1, abs=1e-5)
+    assert len(a) == sum(p.numel() for p in shared)

@@ -3,6 +3,7 @@
 python -m experiments.scales run --data ../shared/data --work out/scales [--minutes 60]
                                         # one core; start it once for each core
 python -m experiments.scales time       # latency, on a quiet machine
+python -m experiments.scales why        # CKA and gradients of trained networks in --work
 python -m experiments.scales draw       # tables and figures from results/ alone
 python -m experiments.scales list       # what has run and what is left
 """
@@ -29,7 +30,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.scales", description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
-    parser.add_argument("what", choices=("run", "time", "draw", "list"))
+    parser.add_argument("what", choices=("run", "time", "why", "draw", "list"))
     parser.add_argument("--data", type=Path, help="folder with images/ (CIFAR-10)")
     parser.add_argument("--work", type=Path, default=Path("out/scales"), help="working files")
     parser.add_argument("--minutes", type=float, default=float("inf"),
@@ -60,6 +61,14 @@ def main() -> None:
         return
     bench = Bench(args.work, ledger, TASKS, data=args.data,
                   say=lambda text: print(time.strftime("%H:%M:%S"), text, flush=True))  # fmt: skip
+    if args.what == "why":
+        from experiments.scales.why import look
+
+        task = TASKS["glyphs"]
+        images = [bench.images(task, split) for split in ("train", "val")]
+        rows = look(task, "residual", *images, args.work / "runs")
+        ledger.rewrite("why", rows.round(4))
+        return
     work_through(bench, runs, until=time.monotonic() + 60 * args.minutes)
 
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from experiments.scales import latency, tables
+from experiments.scales import latency, tables, why
 from experiments.scales.ledger import Ledger
 from experiments.scales.manifest import CUTS
 from experiments.scales.split import by_cut, picks, regrets
@@ -79,6 +79,8 @@ def draw(ledger: Ledger, page: Path) -> None:
     blocks["depth"] = markdown(tables.by_cut(ledger.read("pairs"), CUTS))
     blocks["choices"] = markdown(picks(ledger.read("splits")))
     blocks["regret"] = markdown(regrets(cuts, ledger.read("splits")))
+    if len(seen := ledger.read("why")):
+        blocks["why"] = markdown(why.table(seen))
     if len(times := ledger.read("latency")):
         blocks["latency"] = markdown(latency.table(times))
     fill(page / "README.md", blocks)
