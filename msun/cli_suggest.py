@@ -52,9 +52,9 @@ def add(commands: Any) -> None:
          help="recovered is what comes this near to the later maximum (default 0.05)")  # fmt: skip
     word("--level", type=float, default=0.8, metavar="L",
          help="what CKA must stay above, for --rule threshold (default 0.8)")  # fmt: skip
-    word("--growth", type=float, default=0.5, metavar="G",
-         help="by what share subnets may enlarge the network, for --rule affordable (default "
-         "0.5)")  # fmt: skip
+    word("--growth", type=float, default=1.0, metavar="G",
+         help="subnets must add less than this share of the parameters, for --rule affordable "
+         "(default 1: less than twice the network)")  # fmt: skip
     word("--out", metavar="DIR", help="folder for split.json and split.png")
     probing = parser.add_argument_group("to probe first").add_argument
     probing("--data", metavar="DIR", help="folder of images, or `glyphs` (embedded)")

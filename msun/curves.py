@@ -34,7 +34,7 @@ class Curve:
         unbiased: False where the report says that CKA is biased.
         parameters: (m,) how many lie before each cut; nan for other layers, and where unknown.
         scales: sizes that the report holds, the reference among them: subnets there would be.
-        growth: by what share of the network's parameters subnets of their own may enlarge it.
+        growth: subnets of their own must add less than this share of the network's parameters.
     """
 
     layers: tuple[str, ...]
@@ -49,7 +49,7 @@ class Curve:
     unbiased: bool = True
     parameters: Floats | None = None
     scales: int = 2
-    growth: float = 0.5
+    growth: float = 1.0
 
     @property
     def cuts(self) -> list[int]:

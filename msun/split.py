@@ -29,7 +29,7 @@ def suggest_split(
     view: str | int | None = None,
     delta: float = 0.05,
     level: float = 0.8,
-    growth: float = 0.5,
+    growth: float = 1.0,
     costs: pd.DataFrame | None = None,
 ) -> SplitChoice:
     """Where the layers that each scale has for itself should end: a cut by a rule, with reasons.
@@ -52,8 +52,8 @@ def suggest_split(
         view: whose curve; None is the smallest scale, the first view where they are no sizes.
         delta: how far below the later maximum counts as recovered, in CKA.
         level: what CKA must stay above, for `threshold`.
-        growth: how many parameters the further subnets may add, for `affordable`: a share of those
-            before the last valid cut. The sizes of the report are taken for the scales.
+        growth: the further subnets must add less than this, for `affordable`: a share of the
+            parameters before the last valid cut. The sizes of the report are taken for the scales.
         costs: what `subnet_costs` or `head_costs` gave. A report holds what the whole network
             costs, not what the part before a cut does, so without it no GMACs are given.
 
@@ -74,13 +74,13 @@ def suggest_split(
     >>> how = {"resize": "restore", "batch_size": 16, "progress": False}
     >>> report = probe(glyphnet(), images, [16, 64], **how)
     >>> suggest_split(report, find_cuts(glyphnet(), images[:2])).layer
-    'layer2'
+    'layer3.0'
     """
     for what, number in (("delta", delta), ("level", level)):
         if not 0 <= number <= 1:
             raise ValueError(f"{what} out of range: {number}: give a difference in CKA, 0 to 1")
     if not 0 < growth < math.inf:
-        raise ValueError(f"growth out of range: {growth}: give a share above 0, such as 0.5")
+        raise ValueError(f"growth out of range: {growth}: give a share above 0, such as 1")
     view = _view(report, view)
     known = _cuts(cuts)
     counted = all(cut.parameters >= 0 for cut in known)

@@ -168,7 +168,7 @@ def largest_recovery(curve: Curve) -> Verdict:
 
 
 def affordable(curve: Curve) -> Verdict:
-    """The deepest cut that can be paid: subnets add no more parameters than `growth` allows.
+    """The deepest cut that can be paid: subnets add less than `growth` of the parameters.
 
     It does not go by CKA. In the experiments that put the rules to the test (docs/splits.md) a
     deeper cut was the better one as long as small subnets keep every pixel, and so it is in the
@@ -193,15 +193,17 @@ def affordable(curve: Curve) -> Verdict:
     whole = max(float(before[cuts].max()), 1.0)
     scores = np.full(len(curve.cka), np.nan)
     scores[cuts] = (curve.scales - 1) * before[cuts] / whole
-    paid = [k for k in reversed(cuts) if scores[k] <= curve.growth + _ROUNDING]
+    paid = [k for k in reversed(cuts) if scores[k] < curve.growth - _ROUNDING]
     order = (*paid, *(k for k in cuts if k not in paid))
     best, limit = order[0], f"{100 * curve.growth:g} %"
     adds = f"{curve.layers[best]}, where {curve.scales} subnets add {100 * scores[best]:.3g} %"
     nothing = np.full(len(scores), np.nan)
     if not paid:
-        why = f"every cut adds more than {limit} of the parameters; least does {adds}"
-        return Verdict(order, scores, nothing, why, (f"no cut is within {limit}",), by_cka=False)
-    why = f"the deepest valid cut within {limit} more parameters is {adds}"
+        why = f"every cut adds {limit} of the parameters or more; least does {adds}"
+        return Verdict(
+            order, scores, nothing, why, (f"no cut adds less than {limit}",), by_cka=False
+        )
+    why = f"the deepest valid cut that adds less than {limit} of the parameters is {adds}"
     if len(order) > len(paid):
         after = next(k for k in cuts if k > best)
         why += f"; {curve.layers[after]} would add {100 * scores[after]:.3g} %"

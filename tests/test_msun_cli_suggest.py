@@ -87,7 +87,7 @@ def test_rule_view_and_numbers_reach_it_and_nothing_is_written_unasked(capsys, h
     wide = run(capsys, *words, "--rule", "recovery", "--delta", "1")
     assert "less 1" in wide
     every = run(capsys, *words, "--growth", "9")
-    assert "the deepest valid cut within 900 % more parameters" in every.lower()
+    assert "the deepest valid cut that adds less than 900 % of the parameters" in every.lower()
     assert sorted(home.iterdir()) == before
 
 
