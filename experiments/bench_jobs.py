@@ -138,7 +138,7 @@ def blocks(model: nn.Module) -> list[str]:
 
 def resnet50_blocks() -> Job:
     model = torchvision.models.resnet50()
-    return network_job(model, blocks(model), 128, 224, 32)
+    return network_job(model, blocks(model), 64, 224, 32)
 
 
 def resnet50_convs() -> Job:

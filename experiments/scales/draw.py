@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from experiments.scales import latency, tables, why
 from experiments.scales.ledger import Ledger
-from experiments.scales.manifest import CUTS
+from experiments.scales.manifest import CUTS, LINE
 from experiments.scales.split import by_cut, picks, regrets
 
 __all__ = ["draw"]
@@ -220,6 +220,7 @@ def against(diffs: pd.DataFrame, task: str, net: str) -> pd.DataFrame:
     """Lean minus others, by view, where both serve the sizes between the scales alike."""
     rows = diffs[(diffs["task"] == task) & (diffs["net"] == net)]
     rows = rows[rows["arm"].isin(["lean" + suffix for suffix in PANELS.values()])]
+    rows = rows[~rows["other"].isin(LINE)]  # each has a size of its own
     plain = rows["other"].isin(["a", "a+bn", "a=epochs", "c1+bn"])
     alike = [
         ("served" in arm) == ("served" in other) and ("small" in arm) == ("small" in other)
