@@ -30,7 +30,7 @@ def timed(task_name: str, net: str, *, turns: int = TURNS) -> list[dict[str, Any
         turns: how many.
 
     Returns:
-        A row an arm and trained size: milliseconds for a batch, the best turn, and the ratio to (a),
+        A row an arm and trained size: milliseconds for a batch, best turn, and the ratio to (a),
         which sees every image at the largest size: the median of the turns' own, since the machine
         is slower in some than in others. Resizing by the caller is not in it, that inside the
         network is.
