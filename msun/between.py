@@ -7,7 +7,7 @@ import math
 from msun.model import MSUN
 from msun.policy import is_native, served
 
-__all__ = ["share", "step_macs"]
+__all__ = ["ranges", "share", "step_macs"]
 
 _USUAL = 0.5
 
@@ -28,6 +28,31 @@ def share(net: MSUN, asked: float | None = None) -> float:
     return _USUAL if net.policy.inputs != "native" and len(net.scales) > 1 else 0.0
 
 
+def ranges(net: MSUN) -> dict[int, tuple[int, int]]:
+    """The lowest and highest side that each scale learns where sizes between are drawn.
+
+    Those that it serves. Where it gets them as they are and cannot take every one of them (a
+    network that wants multiples of 32), it learns its own side alone.
+
+    Args:
+        net: the network.
+    """
+    found = served(net.scales, net.policy.routing)
+    for scale, (low, high) in found.items():
+        native = is_native(net.policy, scale, net.reference)
+        if native and not all(_takes(net, side, scale) for side in range(low, high + 1)):
+            found[scale] = (scale, scale)
+    return found
+
+
+def _takes(net: MSUN, side: int, scale: int) -> bool:
+    try:
+        net.plan(side, scale=scale)
+    except ValueError:
+        return False
+    return True
+
+
 def step_macs(net: MSUN, asked: float | None = None) -> float:
     """Forward MACs of one image in one step of training, each scale once; expected, where drawn.
 
@@ -36,8 +61,8 @@ def step_macs(net: MSUN, asked: float | None = None) -> float:
         asked: as in `TrainConfig.between`.
     """
     often, total = share(net, asked), float(sum(net.macs(side) for side in net.scales))
-    for scale, (low, high) in served(net.scales, net.policy.routing).items():
-        if often and is_native(net.policy, scale, net.reference):
+    for scale, (low, high) in (ranges(net) if often else {}).items():
+        if is_native(net.policy, scale, net.reference):
             # a side is drawn uniform in the logarithm, rounded down (`msun.crops`)
             chance = [math.log((side + 1) / side) for side in range(low, high + 1)]
             costs = [net.plan(side, scale=scale).macs for side in range(low, high + 1)]

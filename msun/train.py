@@ -17,12 +17,12 @@ from cka_probe.progress import progress_bar
 from cka_probe.provenance import model_sha256, versions
 from cka_probe.ranks import Ranks, own_device, started
 from msun import checkpoint, norms, train_state
-from msun.between import share
+from msun.between import ranges, share
 from msun.crops import Crops, augmentation, shuffled
 from msun.data import open_labelled
 from msun.descent import Descent, DivergedError
 from msun.model import MSUN
-from msun.policy import is_native, served
+from msun.policy import is_native
 from msun.recipe import TrainConfig, refuse_other
 from msun.scores import judge
 from msun.train_state import CONFIG, METRICS, MODEL, STATE
@@ -136,7 +136,7 @@ class _Run:
         scales = tuple(self.model.scales)
         policy = self.model.policy
         self.between = share(self.model, config.between)
-        sides = served(scales, policy.routing) if self.between else {}
+        sides = ranges(self.model) if self.between else {}
         first = tuple(sides[scale] for scale in scales if sides)
         native = tuple(scale for scale in scales if is_native(policy, scale, scales[-1]))
         self.crops = Crops(data, scales, self.augment, self.mean, self.std, config.seed, first,

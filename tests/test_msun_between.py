@@ -5,12 +5,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from training import SCALES as TWO
 from training import run, same, weights
 
 import msun
 from cka_probe.glyphnet import glyphnet
-from msun.between import share, step_macs
+from msun.between import ranges, share, step_macs
 from msun.crops import Augment, Crops
 from msun.data import open_labelled
 from msun.policy import is_native, served
@@ -80,3 +81,26 @@ def test_each_scale_also_learns_the_sizes_that_it_serves(tmp_path, monkeypatch):
     assert not same(weights(half), weights(other))
     with pytest.raises(ValueError, match=r"^bad between: 1.5: give a share"):
         run(tmp_path / "bad", between=1.5)
+
+
+def test_a_network_that_wants_multiples_learns_its_own_side_alone(tmp_path):
+    parts = [
+        nn.Conv2d(3, 3, 1), nn.PixelUnshuffle(4), nn.Conv2d(48, 8, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    ]  # fmt: skip
+    model = nn.Sequential(*parts)
+    model.default_cfg = {"input_size": (3, 16, 16)}
+    net = msun.build(model, "3", (8, 16))
+    net.plan(12, scale=16)
+    with pytest.raises(ValueError, match="cannot take this size"):
+        net.plan(13, scale=16)
+    assert ranges(net) == {8: (8, 11), 16: (16, 16)}
+    assert step_macs(net, 1.0) == step_macs(net, 0.0)
+    assert ranges(build_native()) == {16: (16, 22), 32: (23, 45), 64: (46, 64)}
+    images = torch.rand(16, 3, 16, 16), torch.arange(16) % 4
+    how = {"epochs": 3, "batch_size": 8, "val_share": 0.0, "progress": False}
+    msun.train(net, images, msun.TrainConfig(out=tmp_path / "out", **how))
+
+
+def build_native():
+    return msun.build(glyphnet(), "layer1", SCALES, inputs="native")
