@@ -108,7 +108,7 @@ TASKS = {
 
 
 def chosen_cut(task: Task, loaded: LoadedModel, images: Path, work: Path, name: str) -> str:
-    """The default rule on 384 training images, restored to the network's own size."""
+    """The rule `recovery` on 384 training images, restored to the network's own size."""
     path = work / "report.npz"
     if not path.exists():
         how: dict[str, Any] = {"mean": loaded.mean, "std": loaded.std, "n_images": 384}
