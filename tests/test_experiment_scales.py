@@ -80,19 +80,29 @@ def test_a_killed_run_goes_on_and_everything_is_drawn_from_the_tables(tmp_path, 
 def test_every_arm_gets_the_same_macs_counted_on_its_forwards():
     from experiments.scales.arms import ARMS, made
     from experiments.scales.execute import steps_of
-    from experiments.scales.manifest import BATCH, UNIT, Run
+    from experiments.scales.manifest import UNIT, Run
     from experiments.scales.tasks import TASKS
 
     task = TASKS["glyphs"]
     spent = {}
-    for name in ("single", "lean", "paper", "c1", "d3", "line small", "single, lean's steps"):
+    for name in (
+        "single",
+        "lean",
+        "paper",
+        "c1",
+        "d3",
+        "line small",
+        "single, lean's steps",
+        "lean @16",
+        "paper @16",
+    ):
         arm = ARMS[name]
         net = made(arm, task, "residual", at="layer1", seed=0).eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             for side in net.scales:
                 net.step(torch.zeros(1, 1, side, side), side)
         run = Run("glyphs", "residual", name, 0)
-        spent[name] = steps_of(run, task) * BATCH * counter.get_total_flops() / 2
+        spent[name] = steps_of(run, task) * arm.batch * counter.get_total_flops() / 2
     equal = [macs for name, macs in spent.items() if not ARMS[name].paces]
     assert max(equal) / min(equal) < 1.001
     assert equal[0] == pytest.approx(UNIT * 2.64e6, rel=1e-3)
@@ -305,3 +315,31 @@ def test_gradients_of_one_scale_twice_are_parallel(monkeypatch):
     a, b = (why._gradient(net, x, y, 56, shared) for _ in range(2))
     assert float(torch.nn.functional.cosine_similarity(a, b, dim=0)) == pytest.approx(1, abs=1e-5)
     assert len(a) == sum(p.numel() for p in shared)
+
+
+def test_a_tier_reads_as_the_first_and_mixes_with_none():
+    import pandas as pd
+
+    from experiments.scales.arms import ARMS, HALF
+    from experiments.scales.tiers import TIERS, under
+
+    names = [("lean", 1.0), ("lean @16", 1.0), ("lean", 4.0), ("paper", 1.0), ("single", 2.0)]
+    runs = pd.DataFrame([
+        {"run": name, "arm": f"{name.removesuffix(HALF)}, served{HALF * name.endswith(HALF)}",
+         "budget": budget, "top1": k} for k, (name, budget) in enumerate(names)
+    ])  # fmt: skip
+    found = {ending: under(runs, tier) for ending, tier in TIERS.items()}
+    assert {e: t["top1"].tolist() for e, t in found.items()} == {
+        "": [0, 3], "-half": [1], "-long": [2]
+    }  # fmt: skip
+    for table in found.values():
+        assert set(table["arm"]) <= {"lean, served", "paper, served"}
+        assert set(table["budget"]) == {1.0}
+    pairs = pd.DataFrame([
+        {"budget": 1.0, "arm": arm, "other": other}
+        for arm, other in (("lean", "d3"), ("lean @16", "d3 @16"), ("lean @16", "lean"))
+    ])  # fmt: skip
+    assert len(under(pairs, TIERS[""])) == len(under(pairs, TIERS["-half"])) == 1
+    half, whole = ARMS["lean+small" + HALF], ARMS["lean+small"]
+    assert (2 * half.batch, half.choices) == (whole.batch, whole.choices)
+    assert half.rate_of in ARMS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -13,8 +13,10 @@ from experiments.scales.tasks import Task
 from msun import MSUN, build
 from msun.policy import policy_of
 
-__all__ = ["ARMS", "PAIRS", "READINGS", "Arm", "made", "plain_net"]
+__all__ = ["ARMS", "BATCH", "HALF", "PAIRS", "READINGS", "Arm", "made", "plain_net"]
 
+BATCH = 32  # images a step, each at all scales of an arm
+HALF = " @16"  # ends the names of arms and readings with half of that
 _STOCK = {"subnets": "shared", "merge": "native"}  # the backbone itself, at every size
 
 
@@ -36,6 +38,7 @@ class Arm:
         readings: label -> how the trained network is measured (see `READINGS`); the first decides
             what is chosen on validation.
         paces: the arm whose number of steps it takes, instead of equal MACs.
+        batch: images a step.
     """
 
     about: str
@@ -49,6 +52,7 @@ class Arm:
     rate_of: str = ""
     readings: Mapping[str, str] = field(default_factory=dict)
     paces: str = ""
+    batch: int = BATCH
 
 
 def _private(label: str, *, fed: bool = False) -> dict[str, str]:
@@ -203,6 +207,23 @@ ARMS: dict[str, Arm] = {
                        rate_of="single", readings={"line middle": "plain"}),
 }  # fmt: skip
 
+
+def _halved(name: str) -> Arm:
+    """An arm with twice the steps of half the images; its rate is tuned anew."""
+    arm = ARMS[name]
+    return replace(
+        arm, about=f"{arm.about}, batches of {BATCH // 2}", batch=BATCH // 2,
+        rate_of=arm.rate_of + HALF, paces=arm.paces and arm.paces + HALF,
+        readings={label + HALF: how for label, how in arm.readings.items()},
+    )  # fmt: skip
+
+
+ARMS |= {
+    name + HALF: _halved(name)
+    for name in ("single", "single, lean's steps", "c2", "c2, enlarged", "c2+small", "g", "g+small",
+                 "d3+small", "own+small", "lean+small", "lean+small+kd", "lean", "paper")
+}  # fmt: skip
+
 # The comparisons that are made, arm - other, on the same images by the same seed.
 _PLAIN = ("a", "a+bn", "a=epochs", "c1+bn", "line small", "line middle")
 _ASKED: dict[str, tuple[str, ...]] = {
@@ -250,7 +271,13 @@ _ASKED: dict[str, tuple[str, ...]] = {
     "paper+bn": ("paper", "paper, free+bn", "own, full"),
     "a+bn": ("a",),
 }  # fmt: skip
-PAIRS = frozenset((arm, other) for arm, others in _ASKED.items() for other in others)
+_HALVED = {label for arm in ARMS.values() for label in arm.readings if label.endswith(HALF)}
+_PAIRS = {(arm, other) for arm, others in _ASKED.items() for other in others}
+PAIRS = frozenset(
+    _PAIRS
+    | {(a + HALF, b + HALF) for a, b in _PAIRS if {a + HALF, b + HALF} <= _HALVED}
+    | {(label, label.removesuffix(HALF)) for label in _HALVED}
+)
 
 
 def made(arm: Arm, task: Task, net: str, *, at: str, seed: int, enlarge: str | None = None,

@@ -18,6 +18,7 @@ from experiments.scales import latency, tables, why
 from experiments.scales.ledger import Ledger
 from experiments.scales.manifest import CUTS, LINE
 from experiments.scales.split import by_cut, picks, regrets
+from experiments.scales.tiers import TIERS, under
 
 __all__ = ["draw"]
 
@@ -37,6 +38,7 @@ PANELS = {  # how images between the scales are met -> the arms' suffix
     "fed as they are": "", "resized to the scale that serves them": ", served",
     "trained for that, but the largest": "+small, served",
 }  # fmt: skip
+FEW = 4  # readings below which a figure shows nothing
 TICKS = (-30, -10, -3, -1, 0, 1, 3, 10, 30, 90)
 
 
@@ -48,42 +50,62 @@ def draw(ledger: Ledger, page: Path) -> None:
         page: folder of README.md and figures/.
     """
     mpl.use("Agg")
-    runs, trainings = ledger.read("runs"), ledger.read("trainings")
-    diffs = tables.differences(ledger.read("pairs"))
-    ledger.rewrite("differences", diffs.round(4))
+    runs, trainings, pairs = (ledger.read(name) for name in ("runs", "trainings", "pairs"))
+    said = ledger.read("splits")
     blocks: dict[str, str] = {}
     figures = page / "figures"
     figures.mkdir(exist_ok=True)
-    tested = tables.accuracy(runs)
-    for (task, net), mine in tested.groupby(["task", "net"], sort=False):
-        name = f"{task}-{net}"
-        main = tables.main_table(runs, trainings, task, net)
-        blocks[f"main {name}"] = markdown(main.reset_index())
-        asked = diffs["arm"].drop_duplicates()
-        leans = ("lean", "lean, served", "lean+small, served")
-        blocks[f"lean {name}"] = markdown(tables.pair_table(diffs, task, net, leans))
-        others = tuple(arm for arm in asked if arm not in leans)
-        blocks[f"factors {name}"] = markdown(tables.pair_table(diffs, task, net, others))
-        blocks[f"verdict {name}"] = markdown(tables.verdict(runs, diffs, task, net))
-        save(by_size(mine), figures / f"{name}-accuracy.png")
-        save(pareto(mine), figures / f"{name}-pareto.png")
-        if len(rows := against(diffs, task, net)):
-            save(forest(rows), figures / f"{name}-lean.png")
+    asked = []
+    for ending, tier in TIERS.items():
+        mine, costs = under(runs, tier), under(trainings, tier)
+        diffs = tables.differences(under(pairs, tier))
+        asked.append(diffs.assign(tier=ending.strip("-")))
+        for task, net in mine[["task", "net"]].drop_duplicates().itertuples(index=False):
+            found = of_tier(mine, costs, diffs, task, net)
+            blocks |= {f"{name} {task}-{net}{ending}": text for name, text in found.items()}
+            tested = tables.accuracy(mine)
+            tested = tested[(tested["task"] == task) & (tested["net"] == net)]
+            if tested["arm"].nunique() < FEW:
+                continue
+            name = f"{task}-{net}{ending}"
+            save(by_size(tested), figures / f"{name}-accuracy.png")
+            save(pareto(tested), figures / f"{name}-pareto.png")
+            if len(rows := against(diffs, task, net)):
+                save(forest(rows), figures / f"{name}-lean.png")
+        blocks[f"depth{ending}"] = markdown(tables.by_cut(under(pairs, tier), CUTS))
+        cuts = by_cut(mine, costs)
+        if len(cuts):
+            at = ["task", "net", "cut"]
+            wide = cuts.pivot_table(index=at, values=["top1", "mmacs", "params"])
+            blocks[f"cuts{ending}"] = markdown(wide.round(3).reset_index())
+            blocks[f"regret{ending}"] = markdown(regrets(cuts, said))
+            save(by_depth(cuts, said), figures / f"cuts{ending}.png")
+    full = [table for table in asked if len(table)] or asked[:1]
+    ledger.rewrite("differences", pd.concat(full).round(4))
+    blocks["halved"] = markdown(tables.halved(pairs))
     blocks["flat"] = markdown(tables.flatness(runs))
     blocks["rates"] = markdown(tables.rates_table(runs))
-    cuts = by_cut(runs, trainings)
-    wide = cuts.pivot_table(index=["task", "net", "cut"], values=["top1", "mmacs", "params"])
-    blocks["cuts"] = markdown(wide.round(3).reset_index() if len(cuts) else cuts)
-    if len(cuts):
-        save(by_depth(cuts, ledger.read("splits")), figures / "cuts.png")
-    blocks["depth"] = markdown(tables.by_cut(ledger.read("pairs"), CUTS))
-    blocks["choices"] = markdown(picks(ledger.read("splits")))
-    blocks["regret"] = markdown(regrets(cuts, ledger.read("splits")))
+    blocks["choices"] = markdown(picks(said))
     if len(seen := ledger.read("why")):
         blocks["why"] = markdown(why.table(seen))
     if len(times := ledger.read("latency")):
         blocks["latency"] = markdown(latency.table(times))
     fill(page / "README.md", blocks)
+
+
+def of_tier(
+    runs: pd.DataFrame, trainings: pd.DataFrame, diffs: pd.DataFrame, task: str, net: str
+) -> dict[str, str]:
+    """The tables of one task and backbone under one tier's terms, by the name of their block."""
+    leans = ("lean", "lean, served", "lean+small, served")
+    others = tuple(arm for arm in diffs["arm"].drop_duplicates() if arm not in leans)
+    found = {
+        "main": tables.main_table(runs, trainings, task, net).reset_index(),
+        "lean": tables.pair_table(diffs, task, net, leans),
+        "factors": tables.pair_table(diffs, task, net, others),
+        "verdict": tables.verdict(runs, diffs, task, net),
+    }
+    return {name: markdown(table) for name, table in found.items()}
 
 
 def markdown(frame: pd.DataFrame) -> str:

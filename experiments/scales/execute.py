@@ -16,7 +16,7 @@ from torch import nn
 
 from experiments.scales.arms import ARMS, PAIRS, made
 from experiments.scales.ledger import Ledger
-from experiments.scales.manifest import BATCH, CUT, UNIT, Run, rate_budget, rate_runs
+from experiments.scales.manifest import CUT, UNIT, Run, rate_budget, rate_runs
 from experiments.scales.split import choices
 from experiments.scales.stats import paired
 from experiments.scales.tasks import Held, Task, held
@@ -37,7 +37,7 @@ def steps_of(run: Run, task: Task, *, unit: int = UNIT) -> int:
     single = step_macs(made(ARMS["single"], task, run.net, at=run.cut, seed=0))
     paced = ARMS[run.spec.paces] if run.spec.paces else run.spec
     own = step_macs(made(paced, task, run.net, at=run.cut, seed=0), paced.between)
-    return max(1, round(run.budget * unit * single / (own * BATCH)))
+    return max(1, round(run.budget * unit * single / (own * run.spec.batch)))
 
 
 class Bench:
@@ -123,14 +123,14 @@ class Bench:
         rows = self._measured(run, task, labels, net, folder, lr)
         if run.key not in set(self.ledger.read("trainings")["key"]):
             row = {
-                **_base(run, lr), "steps": steps, "epochs": steps * BATCH / len(images),
-                "train_gmacs": steps * BATCH * step_macs(net, arm.between) / 1e9,
+                **_base(run, lr), "steps": steps, "epochs": steps * arm.batch / len(images),
+                "train_gmacs": steps * arm.batch * step_macs(net, arm.between) / 1e9,
                 "params": sum(p.numel() for p in net.parameters()), "loss": _loss(folder),
                 "core_s": spent,
             }  # fmt: skip
             self.ledger.add("trainings", [row])
         self.ledger.add("runs", rows)
-        if run.tested and run.budget == 1:
+        if run.tested:
             with self.ledger.turn:
                 self.pair()
         if run.arm == "single" and run.tested and run.budget == 1:
@@ -150,7 +150,7 @@ class Bench:
         """The network after its training; at chance where that diverged at a rate on trial."""
         task, arm = self.tasks[run.task], run.spec
         config = TrainConfig(
-            out=self.work / "runs" / run.key, max_steps=steps, batch_size=BATCH, lr=lr,
+            out=self.work / "runs" / run.key, max_steps=steps, batch_size=arm.batch, lr=lr,
             seed=run.seed, val_share=0.0, constraint=arm.constraint, distill=arm.distill,
             between=arm.between, clip=10.0, crop_area=task.area, flip=task.flip, resume=True,
             progress=False,
@@ -217,15 +217,16 @@ class Bench:
     def pair(self) -> None:
         """Compare what is comparable and not in the ledger yet, as far as predictions are here."""
         frame, known = self.ledger.read("runs"), self.ledger.read("pairs")
-        frame = frame[(frame["split"] == "test") & (frame["budget"] == 1)]
+        frame = frame[frame["split"] == "test"]
         done = set(zip(*(known[c] for c in (*GROUP, "arm", "other")), strict=True))
         for group, mine in frame.groupby(list(GROUP)):
-            task, net, cut, _, seed = group
+            task, net, cut, budget, seed = group
             ours = dict(zip(mine["arm"], mine["key"], strict=True))
             others = dict(ours)
             if cut != CUT:  # beside networks that have no cut
                 at = (frame["task"] == task) & (frame["net"] == net) & (frame["seed"] == seed)
-                home = frame[at & (frame["cut"] == CUT) & frame["run"].map(_has_no_cut)]
+                at &= (frame["budget"] == budget) & (frame["cut"] == CUT)
+                home = frame[at & frame["run"].map(_has_no_cut)]
                 others |= dict(zip(home["arm"], home["key"], strict=True))
             rows: list[dict[str, Any]] = []
             for arm, other in product(ours, others):

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from experiments.scales.arms import ARMS, Arm
+from experiments.scales.arms import ARMS, HALF, Arm
 
-__all__ = ["BATCH", "CUT", "RATES", "Run", "manifest", "rate_budget", "rate_runs", "rates"]
+__all__ = ["CUT", "RATES", "Run", "manifest", "rate_budget", "rate_runs", "rates"]
 
-BATCH = 32
 CUT = "layer1"  # stem and first stage, as the paper cuts ResNet-50
 UNIT = 240_000  # images of the single-scale network: a budget of 1, 12 epochs of 20,000
 RATES = (0.075, 0.15, 0.3)  # over the number of scales: the loss is a sum over them
@@ -17,6 +16,8 @@ RATE_BUDGET = 0.25
 WIDER = 2  # how often a grid may grow at an end that is its best value
 DESIGN = "lean+small"  # what `lean` has become
 HEADLINE = (DESIGN, "d3+small", "single", "g+small", "paper", "c2", "d3", "lean")
+LEADING = (DESIGN, "d3+small", "single", "g+small", "c2", "paper")
+LONG = 4.0  # budget at which CIFAR-10 is tried again
 FIRST = (*HEADLINE, "g", "own+small", "c2+small", "d1", "c2, enlarged", "own", "paper, free",
          "single, lean's steps", "lean+small+kd", "own, full", "own, shared bn", "d2", "c1",
          "lean+kd", "d3+kd", "own+kd", "g+kd")  # fmt: skip
@@ -84,7 +85,7 @@ def rates(arm: Arm) -> tuple[float, ...]:
 
 def rate_budget(family: str) -> float:
     """Budget of the runs that choose a rate: in a quarter of it `paper` does not leave chance."""
-    return 0.5 if family == "paper" else RATE_BUDGET
+    return 0.5 if family.removesuffix(HALF) == "paper" else RATE_BUDGET
 
 
 def rate_runs(task: str, net: str, family: str, known: Mapping[float, float]) -> list[Run]:
@@ -140,6 +141,12 @@ def _ordered() -> Iterator[Run]:
     for seed in (1, 2):
         for arm in HEADLINE[:6]:
             yield Run("glyphs", "residual", arm, seed)
+    yield from _halves(0)
+    for arm in (*LEADING, "line small", "line middle"):
+        yield Run("cifar10", "residual", arm, 0, LONG)
+    yield Run("cifar10", "residual", DESIGN, 0, LONG, "layer2")
+    for seed in (1, 2):
+        yield from _halves(seed)
     for arm in FIRST[8:20]:
         yield Run("glyphs", "residual", arm, 0)
     for arm in HEADLINE:
@@ -170,6 +177,15 @@ def _ordered() -> Iterator[Run]:
     for arm in FIRST:
         for seed in (1, 2):
             yield Run("glyphs", "residual", arm, seed)
+
+
+def _halves(seed: int) -> Iterator[Run]:
+    """The leading arms with batches of half the size, the design at its deeper cuts too."""
+    for arm in LEADING:
+        yield Run("glyphs", "residual", arm + HALF, seed)
+    for cut in CUTS["residual"]:
+        yield Run("glyphs", "residual", DESIGN + HALF, seed, cut=cut)
+    yield Run("glyphs", "residual", "single, lean's steps" + HALF, seed)
 
 
 def _cuts(task: str, net: str, seed: int) -> Iterator[Run]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pandas as pd
 
-from experiments.scales.arms import ARMS, PAIRS
-from experiments.scales.manifest import CUT, DESIGN, LINE
+from experiments.scales.arms import ARMS, HALF, PAIRS
+from experiments.scales.manifest import CUT, DESIGN, LINE, LONG
 from experiments.scales.stats import holm, interval
 
-__all__ = ["LABELS", "accuracy", "differences", "flatness", "main_table", "rates_table", "verdict"]
+__all__ = ["LABELS", "accuracy", "differences", "flatness", "halved", "main_table", "rates_table",
+           "verdict"]  # fmt: skip
 
 LABELS = tuple(dict.fromkeys(label for arm in ARMS.values() for label in arm.readings))
 # what the MSUN must beat, in the order of how much it costs to have them
@@ -124,10 +125,26 @@ def by_cut(pairs: pd.DataFrame, cuts: dict[str, tuple[str, ...]]) -> pd.DataFram
     return table.sort_values([*GROUP, "other"], kind="stable") if rows else table
 
 
+def halved(pairs: pd.DataFrame) -> pd.DataFrame:
+    """What twice the steps of half the images give each reading: mean over sizes, and the ends."""
+    mine = pairs[pairs["arm"] == pairs["other"].astype(str) + HALF]
+    rows = []
+    for cut in mine["cut"].drop_duplicates():
+        found = differences(mine, cut=cut)
+        for (task, net, arm), part in found.groupby([*GROUP, "arm"], sort=False):
+            by = part.set_index("view")
+            sizes = sorted((v for v in by.index if v.isdecimal()), key=int)
+            views = {"mean": "mean", "smallest size": sizes[0], "largest size": sizes[-1]}
+            row = {"task": task, "net": net, "cut": cut, "arm": arm.removesuffix(HALF)}
+            row |= {name: told(by.loc[v]) for name, v in views.items() if v in by.index}
+            rows.append({**row, "seeds": int(part["seeds"].max())})
+    return pd.DataFrame(rows)
+
+
 def flatness(runs: pd.DataFrame) -> pd.DataFrame:
-    """The reference line at one budget and at twice that: top-1 at each network's own size."""
+    """The reference line at one budget and at more: top-1 at each network's own size."""
     kept = runs[(runs["split"] == "test") & (runs["cut"] == CUT)]
-    kept = kept[kept["run"].isin(["single", *LINE]) & kept["budget"].isin([1.0, 2.0])]
+    kept = kept[kept["run"].isin(["single", *LINE]) & kept["budget"].isin([1.0, 2.0, LONG])]
     own = kept["arm"].isin(["a", *LINE]) & (kept["view"] != "mixed")
     kept = kept[own].copy()
     sides = kept["view"].astype(int)

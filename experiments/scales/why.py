@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from experiments.scales.arms import ARMS, made
+from experiments.scales.arms import ARMS, BATCH, made
 from experiments.scales.execute import RE_ESTIMATED_ON, weights
-from experiments.scales.manifest import BATCH, Run
+from experiments.scales.manifest import Run
 from experiments.scales.tasks import Held, Task
 from msun import evaluate, recalibrated
 from msun.model import MSUN
