@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -70,9 +71,10 @@ def feeding(feed: str | Feed, reference: int) -> Feed:
 
     def checked(side: int) -> int:
         value = feed(side)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        whole = hasattr(value, "__index__") and not isinstance(value, bool)  # NumPy's too
+        if not whole or value < 1:
             raise ValueError(f"bad feed: {value!r} for {side} px: return a side in pixels")
-        return value
+        return operator.index(value)
 
     return checked
 

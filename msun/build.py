@@ -66,7 +66,7 @@ def build(
         The network, in the mode that the backbone is in.
 
     Raises:
-        TypeError: no network, or scales that are no whole numbers.
+        TypeError: no network, no policy, or scales that are no whole numbers.
         ValueError: a bad choice, no valid cut there, a scale that the head cannot take, or no
             logits.
 
@@ -77,6 +77,8 @@ def build(
     >>> net(images).shape, [round(net.macs(side) / 1e6) for side in net.scales]
     (torch.Size([2, 10]), [148, 148, 592])
     """
+    if not isinstance(policy, Policy | None):
+        raise TypeError(f"not a policy: {policy!r}: give a Policy, or a preset by its name")
     policy = (policy or policy_of(preset)).but(
         subnets=subnets, merge=merge, norm=norm, inputs=inputs
     )  # fmt: skip

@@ -53,9 +53,9 @@ def calibrate(
 
     An image of one of these sizes is from then on normalised by them; weights, biases and the
     statistics of other sizes stay, and `msun.checkpoint.save` keeps them. A trained size whose
-    norms are its own ("private") has its statistics already and is passed over, unless images
-    between the scales are resized (`Policy.inputs`): then it learned from these too, its
-    statistics are theirs as well, and it is worth naming here.
+    norms are its own ("private") has its statistics already and is passed over, unless it is fed
+    or learned from other sizes as well (`Policy.inputs`, `TrainConfig.between`): then its
+    statistics are those of all of them, and it is worth naming here.
 
     Args:
         model: the network.
@@ -87,7 +87,8 @@ def calibrate(
         kind = type(model).__name__
         raise TypeError(f"not an MSUN: {kind}: use msun.recalibrated, or build one")
     sides = check_scales(sizes)
-    if model.policy.norm == "private" and model.policy.inputs == "native":
+    mixed = model.policy.inputs != "native" or bool((model.spec or {}).get("between"))
+    if model.policy.norm == "private" and not (mixed and len(model.scales) > 1):
         sides = [side for side in sides if side not in model.scales]
     images = _Images(model, data, n_images, batch_size, split, mean, std, seed, workers)
     _estimate(model, sides, images, device, progress)

@@ -135,7 +135,7 @@ def load(
             f"checkpoint for another backbone: {path} was built around {made!r}, not {other!r}: "
             "give that one, with as many classes"
         )
-    policy = Policy(**network["policy"])
+    policy = _policy(path, network)
     preset = network["preset"] if network["preset"] in POLICIES else "lean"
     model = build(
         backbone,
@@ -169,6 +169,7 @@ def load_into(model: MSUN, path: str | os.PathLike[str]) -> dict[str, Any]:
     network = content["network"]
     _expect(path, network, at=model.at, scales=model.scales)
     own = describe(model)
+    network = {**network, "policy": plain(asdict(_policy(path, network)))}
     for key, what in (("fingerprint", "backbone"), ("policy", "policy"), ("subnets", "subnets")):
         if network[key] != plain(own[key]):
             there, here = (d["backbone" if key == "fingerprint" else key] for d in (network, own))
@@ -203,6 +204,15 @@ def _expect(
         raise ValueError(
             f"checkpoint for other scales: {path} has {there}, not {here}: ask for those scales"
         )
+
+
+def _policy(path: str | os.PathLike[str], network: Mapping[str, Any]) -> Policy:
+    """The choices; those that an earlier version did not know are as they were then."""
+    try:
+        return Policy(**network["policy"])
+    except (TypeError, ValueError) as error:
+        reason = one_line(error).replace(": ", ", ")
+        raise ValueError(f"checkpoint of another policy: {path}, {reason}: update msun") from error
 
 
 def _made_again(path: str | os.PathLike[str], spec: Mapping[str, Any]) -> LoadedModel:

@@ -120,7 +120,8 @@ def describe(net: MSUN) -> list[str]:
     return [
         f"{net.origin.backbone} cut after {net.at!r}, preset {net.preset}: {net.origin.subnets}",
         f"subnets {policy.subnets}, merge {policy.merge}, norm {policy.norm}, routing "
-        f"{policy.routing}, inputs {policy.inputs}, start {net.origin.start}",
+        f"{policy.routing}, inputs {policy.inputs}, strides {policy.strides}, start "
+        f"{net.origin.start}",
         "",
         *lines,
         "",

@@ -23,7 +23,7 @@ from msun.cli_options import add_model, load
 from msun.cut import Cut, example_images, find_cuts
 from msun.heads import subnet_costs
 from msun.plot_split import split_curve
-from msun.split import suggest_split
+from msun.split import check_options, suggest_split
 from msun.split_choice import SplitChoice
 from msun.split_rules import SPLIT_RULES
 
@@ -53,8 +53,8 @@ def add(commands: Any) -> None:
     word("--level", type=float, default=0.8, metavar="L",
          help="what CKA must stay above, for --rule threshold (default 0.8)")  # fmt: skip
     word("--growth", type=float, default=1.0, metavar="G",
-         help="subnets must add less than this share of the parameters, for --rule affordable "
-         "(default 1: less than twice the network)")  # fmt: skip
+         help="subnets must add less than this share of what lies before the network's last cut, "
+         "for --rule affordable (default 1: less than the features have)")  # fmt: skip
     word("--out", metavar="DIR", help="folder for split.json and split.png")
     probing = parser.add_argument_group("to probe first").add_argument
     probing("--data", metavar="DIR", help="folder of images, or `glyphs` (embedded)")
@@ -79,6 +79,7 @@ def add(commands: Any) -> None:
 
 def suggest(args: argparse.Namespace) -> None:
     """`msun suggest`."""
+    check_options(args.rule, delta=args.delta, level=args.level, growth=args.growth)
     if args.report is not None:
         if args.data is not None or args.scales is not None:
             way_out = "give one of them"
@@ -118,6 +119,9 @@ def _from_scratch(args: argparse.Namespace) -> None:
     scales = parse_scales(args.scales)
     if len(scales) < 2:
         raise ValueError(f"one scale has nothing to be held against: {args.scales}: give two")
+    smaller = [str(side) for side in scales if side < max(scales)]
+    if args.view is not None and args.view not in smaller:
+        raise ValueError(f"unknown view: {args.view!r}: use one of {', '.join(smaller)}")
     with output_folder(args) as folder:
         loaded = load(args, args.weights or "DEFAULT")
         cuts = _find_cuts(loaded, max(scales))

@@ -15,9 +15,10 @@ from msun.cli_build import add_building, build_network
 from msun.cli_options import add_model, load
 from msun.cut import example_images, find_cuts
 from msun.data import open_labelled
+from msun.heads import subnet_costs
 from msun.losses import CONSTRAINTS
 from msun.recipe import TrainConfig
-from msun.split import suggest_split
+from msun.split import check_options, suggest_split
 from msun.split_choice import SplitChoice
 from msun.train import train
 from msun.train_state import CONFIG, METRICS, read_config, read_metrics
@@ -43,6 +44,8 @@ def add(commands: Any) -> None:
     word("--at", required=True, metavar="LAYER|auto", help="where the trunk begins: after it (see "
          f"`msun cuts`); auto probes {PROBED} of the images and takes what `msun suggest` "
          "would")  # fmt: skip
+    word("--growth", type=float, default=1.0, metavar="G", help="what subnets of their own may "
+         "add, for --at auto; as in `msun suggest` (default 1)")  # fmt: skip
     add_building(parser)
     word("--data", required=True, metavar="DIR", help="folder with a sub-folder per class, or "
          "`glyphs` (embedded)")  # fmt: skip
@@ -118,6 +121,7 @@ def train_network(args: argparse.Namespace) -> None:
     first = int(os.environ.get("RANK", "0")) == 0
     talks = first and not args.quiet
     config = _config(args)
+    check_options(growth=args.growth)
     data: Any = args.data
     choice = None
     if data != "glyphs" or Path(data).exists():
@@ -191,7 +195,8 @@ def _choose(args: argparse.Namespace, config: TrainConfig) -> SplitChoice | None
         progress=config.progress,
     )
     cuts = find_cuts(loaded.model, example_images(loaded.model, max(scales)))
-    choice = suggest_split(report, cuts)
+    costs = subnet_costs(loaded.model, cuts, scales)
+    choice = suggest_split(report, cuts, growth=args.growth, costs=costs)
     if choice.layer is None:
         raise ValueError(f"no split found: {choice.why.replace(': ', ', ')}: give --at LAYER")
     args.at = choice.layer

@@ -224,13 +224,13 @@ class _Batches(Dataset[Any]):
         back = torch.tensor([k for places in groups.values() for k in places]).argsort()
         looks = {}
         for side in crops.scales:
+            whole = first.get(side, side) if side in crops.native else side
             if crops.augment is None:
-                look = View(side, None, True, *self.normal)
+                look = View(first.get(side, whole), whole, True, *self.normal)
                 parts = [look(block) for block in blocks]
             else:
                 finish = View(None, None, True, *self.normal)
                 small = [resize(b, first[side]) if side in first else b for b in blocks]
-                whole = first.get(side, side) if side in crops.native else side
                 parts = [finish(resize(block, whole)) for block in small]
             looks[side] = parts[0] if len(parts) == 1 else torch.cat(parts)[back]
         return looks

@@ -33,8 +33,10 @@ class Curve:
         level: what CKA must stay above, for the rule that asks so.
         unbiased: False where the report says that CKA is biased.
         parameters: (m,) how many lie before each cut; nan for other layers, and where unknown.
+        whole: parameters before the network's last valid cut, on the curve or not: its features,
+            without what classifies them; None for the most that any of `parameters` is.
         scales: sizes that the report holds, the reference among them: subnets there would be.
-        growth: subnets of their own must add less than this share of the network's parameters.
+        growth: subnets of their own must add less than this share of `whole`.
     """
 
     layers: tuple[str, ...]
@@ -48,6 +50,7 @@ class Curve:
     level: float = 0.8
     unbiased: bool = True
     parameters: Floats | None = None
+    whole: float | None = None
     scales: int = 2
     growth: float = 1.0
 

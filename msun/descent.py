@@ -82,7 +82,8 @@ class Descent:
         """Make one step.
 
         Args:
-            images: {side: (b, c, side, side)}, this process's part of the batch.
+            images: {scale: (b, c, side, side)}, this process's part of the batch; the side is
+                the scale, or one between the scales (see `msun.crops`).
             labels: (b,).
 
         Returns:

@@ -79,7 +79,8 @@ def evaluate(
         mixed: add a row of images of mixed sizes, each drawn log-uniformly from the smallest to
             the largest (a whole number of pixels); every image is decoded once more for it.
         cka: compare features with those at the reference.
-        latency: time the network, on noise of what is fed, alone: without resizing.
+        latency: time the network, on noise of what is fed, alone: without the resize to that,
+            and with the one that an MSUN makes itself (`Policy.inputs`).
         arm: a name for a first column "arm".
         predictions: also write the `Predictions` there, an .npz.
         split: as in `open_labelled`, but the glyphs are those to test on.
@@ -94,7 +95,8 @@ def evaluate(
         progress: show progress bars.
 
     Returns:
-        One row a size, in the order given: size_px; fed_px, the side that was fed; n; top1, top5,
+        One row a size, in the order given: size_px; fed_px, the side that the network was given
+        (an MSUN may resize it again, see `Policy.inputs`); n; top1, top5,
         shares from 0 to 1, each with _low and _high, 95 % Wilson intervals (top-5 is nan for
         fewer than 5 classes); gmacs for one image, convolutions and linear layers; params_m, all
         parameters in millions; latency_ms_1 and latency_ms_64, milliseconds for a batch of 1 and

@@ -13,7 +13,7 @@ from msun.costs import first_tensor
 from msun.norms import SizedNorm, calibrated_sizes, select, sized_norms
 from msun.parts import Part
 from msun.plans import Grid, Plan, Planner
-from msun.policy import Policy, fed, route
+from msun.policy import Policy, route
 
 __all__ = ["MSUN", "Origin", "resized"]
 
@@ -152,12 +152,14 @@ class MSUN(nn.Module):
         scale = self.route(*size) if scale is None else scale
         head = self.head(scale)
         self._select(scale, size)
-        given = fed(self.policy, *size, scale, self.reference)
+        given = self._planner.fed(*size, scale, known=True)
         try:
-            z: Tensor = head(resized(x, given, antialias=self.policy.antialias))
+            z: Tensor = head(resized(x, given, antialias=True))
         except Exception:
             self._planner.plan(*size, scale)  # says so where the size is at fault
-            raise
+            if given == (rounded := self._planner.fed(*size, scale)):
+                raise
+            given, z = rounded, head(resized(x, rounded, antialias=True))
         if scale != self.reference and hasattr(z, "cut_sizes"):
             del z.cut_sizes
         merged = self._planner.merged(*given, scale, self._planner.grid(tuple(z.shape)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -83,16 +84,38 @@ class Planner:
             ValueError: a size that the subnet cannot take.
         """
         scale = route(self.scales, h, w, self.policy.routing) if scale is None else scale
-        h, w = fed(self.policy, h, w, scale, self.scales[-1])
-        seen = self._head_sees(scale, h, w)
+        given = self.fed(h, w, scale)
+        seen = self._head_sees(scale, *given)
         if seen.fault:
+            as_fed = "" if given == (h, w) else f" fed at {given[0]} x {given[1]}"
             raise ValueError(
-                f"the {scale} px subnet cannot take this size: {h} x {w}, {seen.fault}: resize "
-                f"the images to {scale} px"
+                f"the {scale} px subnet cannot take this size: {h} x {w}{as_fed}, {seen.fault}: "
+                f"resize the images to {scale} x {scale} px"
             )
+        h, w = given
         grid = self.grid(seen.shape)
         merged = self.merged(h, w, scale, grid)
         return Plan(scale, grid, merged, seen.macs + self.tail_sees(merged).macs)
+
+    def fed(self, h: int, w: int, scale: int, *, known: bool = False) -> Grid:
+        """The size at which a subnet gets an image; where it is resized, rounded to what it takes.
+
+        Args:
+            h: height of the image in pixels.
+            w: width in pixels.
+            scale: whose subnet serves it.
+            known: round as far as that was found out before, and find out nothing.
+        """
+        wanted = fed(self.policy, h, w, scale, self.reference)
+        key = ("fed", wanted, scale)
+        if wanted == (h, w) or (known and key not in self._memo):
+            return wanted
+        if key not in self._memo:
+            tried = [wanted, *(_fitting(wanted, d) for d in (2, 4, 8, 16, 32, 64))]
+            good = (g for g in tried if not self._head_sees(scale, *g).fault)
+            self._memo[key] = next(good, wanted)
+        given: Grid = self._memo[key]
+        return given
 
     def merged(self, h: int, w: int, scale: int, grid: Grid) -> Grid:
         """The grid that the trunk runs at.
@@ -176,8 +199,8 @@ class Planner:
         """The nearest grid that the trunk takes: as it is, in even numbers, in fours, or larger."""
         if min(grid) >= 3 and self._takes_any():
             return grid
-        multiples = [[max(d, d * int(g / d + 0.5)) for g in grid] for d in (1, 2, 4, 8, 16, 32)]
         larger = range(1, max(self.full()) - min(grid) + 1)
+        multiples = [[max(d, d * int(g / d + 0.5)) for g in grid] for d in (1, 2, 4, 8, 16, 32)]
         tried = [(rows, columns) for rows, columns in multiples]
         tried += [(grid[0] + k, grid[1] + k) for k in larger]
         return next((g for g in tried if not self.tail_sees(g).fault), self.full())
@@ -185,3 +208,14 @@ class Planner:
     def _takes_any(self) -> bool:
         """Whether the trunk takes small odd grids, and so need not be asked about others."""
         return not any(self.tail_sees(odd).fault for odd in ((3, 5), (11, 13)))
+
+
+def _fitting(size: Grid, d: int) -> Grid:
+    """A size in multiples of a number: near in its aspect first, then in its area."""
+    sides = [{max(d, side // d * d), -(-side // d) * d} for side in size]
+
+    def off(one: Grid) -> float:
+        rows, columns = (math.log(a / b) for a, b in zip(one, size, strict=True))
+        return abs(rows - columns) + abs(rows + columns) / 2
+
+    return min(((rows, columns) for rows in sides[0] for columns in sides[1]), key=off)

@@ -35,10 +35,12 @@ class Policy:
             enlarged, and a small scale's subnet costs about what another's does.
         inputs: "scale", an image is resized to the scale that serves it, in its aspect, since sizes
             between the scales are not what the subnets learned; "native", it is fed as it is; or
-            "small", resized where a scale below the reference serves it, else fed as it is, so
-            that no size costs more than the reference's own cost at it.
+            "small", resized where a scale below the reference serves it, else fed as it is. An
+            image that is enlarged costs what its scale costs; resizes are antialiased.
         strides: which strided steps of a head a small subnet loses, its "last" ones or its "first";
             the latter keeps every pixel for longer and costs more. One and the same where all go.
+            A stride of 3 or 7 has no divisor and goes whole: where it stands first, a small scale
+            can then cost more than the reference.
         antialias: whether maps are shrunk to the merge grid with antialiasing.
         constraint: what training pulls together by default: "raw" or "normalised" features.
     """

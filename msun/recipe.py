@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from msun.losses import CONSTRAINTS
+from msun.policy import Policy
 
 __all__ = ["TrainConfig", "groups", "rate", "refuse_other"]
 
@@ -48,9 +50,10 @@ class TrainConfig:
         flip: Whether to mirror; None is by the data.
         between: Share of the steps in which a scale learns the sizes that it serves: a side is
             drawn from them, uniform in the logarithm, and all crops of the batch are shrunk to it
-            and then resized as the network's policy resizes such images. None: half, where the
-            policy resizes any ("small", "scale"), else 0. With 1 hardly any crop is as sharp as an
-            image of the scale itself, which costs accuracy there until `msun.recalibrated`.
+            and then resized, antialiased, to what the network feeds such images at. None: half,
+            where the policy resizes any ("small", "scale") and there are several scales, else 0.
+            With 1 hardly any crop is as sharp as an image of the scale itself, which costs
+            accuracy there until `msun.recalibrated`.
         val_share: Share of the images that is kept from training and measured after each epoch.
         rows: Outputs of the head that stand for the classes, in their order; None is all.
         n_images: A seeded random subset; of the glyphs, how many are drawn.
@@ -104,24 +107,22 @@ class TrainConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "max_steps", "batch_size", "shards"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"bad {name}: {value!r}: give a whole number of 1 or more")
-        for name in ("lr", "clip"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"bad {name}: {value!r}: give a number above 0")
-        for name in ("weight_decay", "constraint_weight", "tau", "distill", "seed", "workers"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"bad {name}: {value!r}: give a number of 0 or more")
-        for name in ("momentum", "warmup", "label_smoothing", "distill_after", "ema", "val_share"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise ValueError(f"bad {name}: {value!r}: give a share, 0 <= share < 1")
-        if self.between is not None and not 0 <= self.between <= 1:
-            raise ValueError(f"bad between: {self.between!r}: give a share, 0 <= share <= 1")
+        whole = ("epochs", "max_steps", "batch_size", "shards")
+        above = ("lr", "clip")
+        least = ("weight_decay", "constraint_weight", "tau", "distill", "seed", "workers")
+        shares = ("momentum", "warmup", "label_smoothing", "distill_after", "ema", "val_share")
+        for names, good, what in (
+            (whole, lambda x: isinstance(x, int) and x >= 1, "a whole number of 1 or more"),
+            (above, lambda x: 0 < x < math.inf, "a number above 0"),
+            (least, lambda x: 0 <= x < math.inf, "a number of 0 or more"),
+            (shares, lambda x: 0 <= x < 1, "a share, 0 <= share < 1"),
+            (("between",), lambda x: 0 <= x <= 1, "a share, 0 <= share <= 1"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                number = isinstance(value, Real) and not isinstance(value, bool)
+                if value is not None and not (number and good(value)):
+                    raise ValueError(f"bad {name}: {value!r}: give {what}")
         if self.constraint is not None and self.constraint not in CONSTRAINTS:
             known = ", ".join(CONSTRAINTS)
             raise ValueError(f"unknown constraint: {self.constraint!r}: choose {known}")
@@ -184,16 +185,34 @@ def refuse_other(saved: Mapping[str, Any], wanted: Mapping[str, Any], what: str)
         wanted: What this run says, as JSON would return it.
         what: "saved state" or "finished run".
 
+    What an earlier version did not know counts as it was then: no sizes between the scales.
+
     Raises:
         ValueError: They differ.
     """
+    saved = _as_now(saved, wanted)
     for name in sorted({*saved, *wanted}):
-        if saved.get(name) != wanted.get(name):
-            raise ValueError(
-                f"{what} of another run: {name} was {_short(saved.get(name))}, "
-                f"is {_short(wanted.get(name))}: run as before, or with overwrite (--overwrite) "
-                "and without resume"
-            )
+        was, now = saved.get(name), wanted.get(name)
+        if was == now:
+            continue
+        if isinstance(was, dict) and isinstance(now, dict):
+            part = next(k for k in sorted({*was, *now}) if was.get(k) != now.get(k))
+            name, was, now = f"{name}.{part}", was.get(part), now.get(part)
+        raise ValueError(
+            f"{what} of another run: {name} was {_short(was)}, is {_short(now)}: run as before, or "
+            "with overwrite (--overwrite) and without resume"
+        )
+
+
+def _as_now(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier version's run would say of itself, had it known today's choices.
+
+    Those of a policy were then what its other fields say; where none is told at all, they are
+    taken for the network's own.
+    """
+    policy = saved.get("policy", wanted.get("policy"))
+    told = {"between": 0.0, **saved}
+    return told if policy is None else {**told, "policy": {**asdict(Policy()), **policy}}
 
 
 def _short(value: Any) -> str:

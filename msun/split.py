@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from numbers import Real
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from msun.cut import Cut
 from msun.split_choice import SplitChoice
 from msun.split_rules import Rule, get_rule
 
-__all__ = ["suggest_split"]
+__all__ = ["check_options", "suggest_split"]
 
 _NAMED = 6  # cuts in a list before "and N more"
 _RUN = re.compile("#[0-9]+$")
@@ -53,7 +54,8 @@ def suggest_split(
         delta: how far below the later maximum counts as recovered, in CKA.
         level: what CKA must stay above, for `threshold`.
         growth: the further subnets must add less than this, for `affordable`: a share of the
-            parameters before the last valid cut. The sizes of the report are taken for the scales.
+            parameters before the network's last valid cut, probed or not, so of its features
+            without what classifies them. The sizes of the report are taken for the scales.
         costs: what `subnet_costs` or `head_costs` gave. A report holds what the whole network
             costs, not what the part before a cut does, so without it no GMACs are given.
 
@@ -76,11 +78,7 @@ def suggest_split(
     >>> suggest_split(report, find_cuts(glyphnet(), images[:2])).layer
     'layer3.0'
     """
-    for what, number in (("delta", delta), ("level", level)):
-        if not 0 <= number <= 1:
-            raise ValueError(f"{what} out of range: {number}: give a difference in CKA, 0 to 1")
-    if not 0 < growth < math.inf:
-        raise ValueError(f"growth out of range: {growth}: give a share above 0, such as 1")
+    check_options(rule, delta=delta, level=level, growth=growth)
     view = _view(report, view)
     known = _cuts(cuts)
     counted = all(cut.parameters >= 0 for cut in known)
@@ -94,6 +92,8 @@ def suggest_split(
     ranking = _ranking(report, curve, verdict, tapped, {c.name: c for c in known}, costs)
     cautions = _cautions(report, view, unprobed, sorted(empty - on_curve), costs is None)
     chosen, second = (*verdict.order[:2], None, None)[:2]
+    if not verdict.by_cka and chosen is not None:
+        cautions += _deeper(known, on_curve, curve, verdict, chosen)
     reasons = [f"No clear split: {'; '.join(doubts)}."] if doubts else []
     reasons += [f"{verdict.why[:1].upper()}{verdict.why[1:]}."] if verdict.why else []
     return SplitChoice(
@@ -115,6 +115,34 @@ def suggest_split(
         view=view,
         reference=report.reference,
     )
+
+
+def check_options(
+    rule: str | Rule | None = None, *, delta: float = 0.0, level: float = 0.0, growth: float = 1.0
+) -> None:
+    """Refuse what `suggest_split` would refuse of its options, before there is a report.
+
+    Args:
+        rule: as there.
+        delta: likewise.
+        level: likewise.
+        growth: likewise.
+
+    Raises:
+        TypeError: a rule of another kind.
+        ValueError: an unknown rule, or a number out of range.
+    """
+    numbers = {"delta": delta, "level": level, "growth": growth}
+    for what, number in numbers.items():
+        if not isinstance(number, Real) or isinstance(number, bool):
+            raise ValueError(f"{what} is no number: {number!r}: give one such as 0.5")
+    for what, number in (("delta", delta), ("level", level)):
+        if not 0 <= number <= 1:
+            raise ValueError(f"{what} out of range: {number}: give a difference in CKA, 0 to 1")
+    if not 0 < growth < math.inf:
+        raise ValueError(f"growth out of range: {growth}: give a share above 0, such as 1")
+    if rule is not None:
+        get_rule(rule)
 
 
 def _view(report: Report, view: str | int | None) -> str:
@@ -182,6 +210,7 @@ def _curve(
     twins = {label for at in runs.values() for label in at.values()} - cut_of.keys()
     tapped = [label for label in layers if label not in twins]
     before = {cut.name: cut.parameters for cut in known if cut.parameters >= 0}
+    whole = float(max(before.values())) if len(before) == len(known) else None
     sizes = [name for name in report.views if name.isdecimal()]
     numbers = {what: column[tapped].to_numpy(np.float64) for what, column in columns.items()}
     curve = Curve(
@@ -192,6 +221,7 @@ def _curve(
         level=level,
         unbiased=report.meta.get("unbiased") is not False,
         parameters=np.array([before.get(cut_of.get(label, ""), np.nan) for label in tapped]),
+        whole=whole,
         scales=max(2, len(sizes)),
         growth=growth,
         **numbers,
@@ -234,6 +264,21 @@ def _cautions(
             f"{report.reference}, not that of the part before a cut: give costs=subnet_costs(...)."
         )
     return told
+
+
+def _deeper(
+    known: list[Cut], on_curve: set[str], curve: Curve, verdict: Verdict, chosen: int
+) -> list[str]:
+    """Cuts off the curve that lie deeper than the one chosen by its cost, and cost as little."""
+    if curve.whole is None or verdict.doubts:
+        return []
+    limit = curve.growth * curve.whole / (curve.scales - 1)
+    least = curve.parameters[chosen] if curve.parameters is not None else math.inf
+    names = [c.name for c in known if c.name not in on_curve and least < c.parameters < limit]
+    if not names:
+        return []
+    return [f"Deeper than {curve.layers[chosen]} and within the limit, but not on the curve: "
+            f"{', '.join(names[-_NAMED:])}."]  # fmt: skip
 
 
 def _ranking(

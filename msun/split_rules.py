@@ -176,9 +176,10 @@ def affordable(curve: Curve) -> Verdict:
     of what lies before it. The limit is a choice, not a measurement.
 
     Returns:
-        Scores are the growth: parameters of the further subnets over those before the last valid
-        cut. First come the cuts within the limit, deepest first, then the others, cheapest first.
-        Without standard errors, and unclear only where no cut is within the limit.
+        Scores are the growth: parameters of the further subnets over those before the network's
+        last valid cut (`Curve.whole`). First come the cuts within the limit, deepest first, then
+        the others, cheapest first. Without standard errors, and unclear only where no cut is
+        within the limit.
 
     Raises:
         ValueError: it is not known how many parameters lie before the cuts.
@@ -190,7 +191,7 @@ def affordable(curve: Curve) -> Verdict:
             "parameters before the cuts are not known: cuts by name: give find_cuts(model), or "
             "use another rule"
         )
-    whole = max(float(before[cuts].max()), 1.0)
+    whole = max(float(before[cuts].max()) if curve.whole is None else curve.whole, 1.0)
     scores = np.full(len(curve.cka), np.nan)
     scores[cuts] = (curve.scales - 1) * before[cuts] / whole
     paid = [k for k in reversed(cuts) if scores[k] < curve.growth - _ROUNDING]
@@ -199,11 +200,13 @@ def affordable(curve: Curve) -> Verdict:
     adds = f"{curve.layers[best]}, where {curve.scales} subnets add {100 * scores[best]:.3g} %"
     nothing = np.full(len(scores), np.nan)
     if not paid:
-        why = f"every cut adds {limit} of the parameters or more; least does {adds}"
+        why = f"after every cut subnets add {limit} of the features' parameters or more; least "
+        why += f"after {adds}"
         return Verdict(
             order, scores, nothing, why, (f"no cut adds less than {limit}",), by_cka=False
         )
-    why = f"the deepest valid cut that adds less than {limit} of the parameters is {adds}"
+    why = f"the deepest valid cut after which subnets add less than {limit} of the features' "
+    why += f"parameters is {adds}"
     if len(order) > len(paid):
         after = next(k for k in cuts if k > best)
         why += f"; {curve.layers[after]} would add {100 * scores[after]:.3g} %"

@@ -241,10 +241,11 @@ def take_out(
     dilated: bool = False,
     first: bool = False,
 ) -> Taken:
-    """Take steps out of a head, last one first, until a small image's grid meets a wanted one.
+    """Take steps out of a head, one by one, until a small image's grid meets a wanted one.
 
-    A stride of 4 becomes 2 where that suffices. A step that cannot go (the head would not run, or
-    gives no larger grid even with the next ones) stays, and the one before it is tried.
+    The last one first, or the first. A stride of 4 becomes 2 where that suffices; one of 3 or 7
+    has no divisor and becomes 1, which may overshoot. A step that cannot go (the head would not
+    run, or gives no larger grid even with the next ones) stays, and the next in turn is tried.
 
     Args:
         head: left as it is; the new one shares its parameters.

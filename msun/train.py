@@ -93,6 +93,7 @@ class _Run:
             {
                 **config.options(),
                 "model": {"sha256": sha256, "at": model.at, "preset": model.preset},
+                "policy": asdict(model.policy),
                 "scales": list(model.scales),
                 "data": {
                     "name": self.data.name,
@@ -229,11 +230,12 @@ class _Run:
         if descent.average is not None:
             descent.average.apply()
         if self.ranks.first:
-            spec = dict(self.model.spec or {})
+            spec = {k: v for k, v in (self.model.spec or {}).items() if k != "between"}
             if self.mean is not None and self.std is not None:
                 spec |= {"mean": list(self.mean), "std": list(self.std)}
             rows = self.run["rows"]
             spec |= {} if rows is None else {"rows": rows}  # so that `evaluate` need not be told
+            spec |= {"between": self.between} if self.between else {}  # `calibrate` asks for it
             self.model.spec = {**spec, "classes": list(self.data.classes)}
             extra = {"rows": rows, "run": self.run}
             checkpoint.save(self.model, self.out / MODEL, extra=extra)

@@ -11,6 +11,7 @@ from training import run, same, weights
 
 import msun
 from cka_probe.glyphnet import glyphnet
+from cka_probe.views import resize
 from msun.between import ranges, share, step_macs
 from msun.crops import Augment, Crops
 from msun.data import open_labelled
@@ -81,6 +82,34 @@ def test_each_scale_also_learns_the_sizes_that_it_serves(tmp_path, monkeypatch):
     assert not same(weights(half), weights(other))
     with pytest.raises(ValueError, match=r"^bad between: 1.5: give a share"):
         run(tmp_path / "bad", between=1.5)
+
+
+@pytest.mark.parametrize("often", [0.0, 1.0])
+def test_images_without_crops_are_shrunk_as_well(often):
+    own = net("small")
+    data = open_labelled((torch.rand(60, 3, 64, 80), torch.zeros(60, dtype=torch.int64)))
+    native = tuple(s for s in SCALES if is_native(own.policy, s, own.reference))
+    crops = Crops(data, SCALES, None, None, None, 0, tuple(ranges(own).values()), often, native)
+    seen = {scale: set() for scale in SCALES}
+    for looks, _ in crops.batches([[k] for k in range(60)]):
+        for scale, x in looks.items():
+            seen[scale].add(x.shape[-1])
+    assert seen[16] == {16}
+    assert seen[32] == {32}
+    low, high = ranges(own)[64]
+    assert seen[64] == {64} if not often else min(seen[64]) == low and len(seen[64]) > 10
+    assert max(seen[64]) <= high
+    sides = set()
+    for row in range(30):
+        looks, _ = next(crops.batches([[row]]))
+        square = data.load(row)[0][None, :, :, 8:72]
+        fits = [
+            side for side in range(ranges(own)[32][0], 33)
+            if torch.allclose(looks[32], resize(resize(square, side), 32), atol=1e-6)
+        ]  # fmt: skip
+        assert len(fits) == 1
+        sides |= set(fits)
+    assert sides == {32} if not often else len(sides) > 4
 
 
 def test_a_network_that_wants_multiples_learns_its_own_side_alone(tmp_path):

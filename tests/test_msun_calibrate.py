@@ -10,7 +10,7 @@ from torch import nn
 from cka_probe.images import ImageError
 from cka_probe.models import LoadedModel
 from cka_probe.views import View
-from msun import build, calibrate, evaluate, load, recalibrated, save
+from msun import TrainConfig, build, calibrate, evaluate, load, recalibrated, save, train
 from msun.data import open_labelled
 from msun.norms import SizedNorm
 
@@ -175,6 +175,23 @@ def test_heads_and_trunk_of_an_msun(preset, tmp_path):
         assert not torch.allclose(plain(small), net(small), atol=1e-2)
         other = torch.stack([View(10)(image) for image in images])
         assert torch.equal(plain(other), net(other)), "another size is as before"
+
+
+def test_trained_sizes_are_passed_over_only_where_nothing_else_was_learned(tmp_path):
+    images, labels = tensors()
+    lone = build(Net(), "relu", [16])
+    before = {k: v.clone() for k, v in lone.state_dict().items()}
+    calibrate(lone, (images, labels), [16], n_images=8, **QUIET)
+    assert lone.calibrated == ()
+    assert all(torch.equal(v, before[k]) for k, v in lone.state_dict().items())
+    for between, known in ((0.0, ()), (1.0, ((8, 8), (16, 16)))):
+        net = build(Net(), "relu", [8, 16], inputs="native")
+        how = {"max_steps": 2, "batch_size": 8, "val_share": 0.0, "progress": False}
+        train(
+            net, (images, labels), TrainConfig(out=tmp_path / str(between), between=between, **how)
+        )
+        calibrate(net, (images, labels), [8, 16], n_images=8, **QUIET)
+        assert net.calibrated == known
 
 
 def test_it_makes_a_network_right_where_it_was_not():

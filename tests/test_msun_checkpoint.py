@@ -134,6 +134,26 @@ def test_loading_into_a_network_that_is_there(saved):
         assert all(torch.equal(v, before[k]) for k, v in stranger.state_dict().items())
 
 
+def test_a_file_of_another_version(saved, tmp_path):
+    net, _ = saved
+    made = msun.build(load_model("glyphnet"), "layer1", (16, 32, 64), policy=Policy())
+    checkpoint.save(made, tmp_path / "old.pt")
+    content = torch.load(tmp_path / "old.pt", weights_only=True)
+    policy = content["network"]["policy"]
+    old = {k: v for k, v in policy.items() if k not in ("inputs", "strides")}
+    content["network"]["policy"] = old
+    torch.save(content, tmp_path / "old.pt")
+    assert msun.load(tmp_path / "old.pt").policy == Policy()
+    checkpoint.load_into(made, tmp_path / "old.pt")
+    with pytest.raises(ValueError, match=r"^checkpoint for another policy: "):
+        checkpoint.load_into(net, tmp_path / "old.pt")
+    for fields in ({"depth": 3}, {"inputs": "huge"}):
+        content["network"]["policy"] = {**old, **fields}
+        torch.save(content, tmp_path / "new.pt")
+        with pytest.raises(ValueError, match=r"^checkpoint of another policy: .*: update msun"):
+            msun.load(tmp_path / "new.pt")
+
+
 def test_a_damaged_file_is_named(saved, tmp_path):
     whole = saved[1].read_bytes()
     rng = random.Random(0)

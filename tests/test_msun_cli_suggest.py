@@ -87,7 +87,8 @@ def test_rule_view_and_numbers_reach_it_and_nothing_is_written_unasked(capsys, h
     wide = run(capsys, *words, "--rule", "recovery", "--delta", "1")
     assert "less 1" in wide
     every = run(capsys, *words, "--growth", "9")
-    assert "the deepest valid cut that adds less than 900 % of the parameters" in every.lower()
+    said = "The deepest valid cut after which subnets add less than 900 % of the features'"
+    assert said in every
     assert sorted(home.iterdir()) == before
 
 
@@ -108,6 +109,18 @@ def test_from_scratch_equals_probing_first(capsys, home, tmp_path):
     assert "a report is there already" in error
     run(capsys, *words, "--overwrite", "--quiet", "--resize", "native", "--seed", "1")
     assert "another field of view" in (tmp_path / "out" / "split.json").read_text()
+
+
+def test_bad_words_are_refused_before_anything_is_probed(capsys, home, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli_suggest, "probe", None)
+    words = ["--model", f"{home / 'net.py'}:net", "--data", home / "photos", "--out",
+             tmp_path / "out", "--scales", "8,24"]  # fmt: skip
+    for more in (
+        ("--rule", "best"), ("--growth", "0"), ("--growth", "inf"), ("--delta", "2"),
+        ("--level", "-1"), ("--view", "24"), ("--view", "9"),
+    ):  # fmt: skip
+        refused(capsys, *words, *more)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_embedded_case(capsys, tmp_path):

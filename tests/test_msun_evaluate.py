@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as tv
 from cka_probe.models import LoadedModel
 from cka_probe.probe import probe
 from msun import Predictions, build, compare, evaluate
+from msun.agree import feeding
 from msun.data import open_labelled
 from msun.scores import drawn_sides, wilson
 
@@ -63,6 +64,7 @@ def test_a_loaded_models_mean_and_std_count(photos, tmp_path):
 def test_any_feed(photos):
     frame = evaluate(Tiny(), photos, [8, 10, 16], feed=lambda side: min(16, 2 * side), **QUIET)
     assert frame["fed_px"].tolist() == [16, 16, 16]
+    assert feeding(np.int64, 16)(8) == 8  # whole numbers of NumPy, too
     with pytest.raises(ValueError, match=r"bad feed: 4\.0 for 8 px: "):
         evaluate(Tiny(), photos, [8], feed=lambda side: side / 2, **QUIET)
     with pytest.raises(ValueError, match="unknown feed: 'up': "):

@@ -217,7 +217,7 @@ def test_a_size_that_a_subnet_cannot_take_is_one_line():
         ) as e:
             call(5, 6)
         assert "\n" not in str(e.value)
-        assert str(e.value).endswith(": resize the images to 12 px")
+        assert str(e.value).endswith(": resize the images to 12 x 12 px")
 
 
 def test_what_is_no_batch_of_images(lean):

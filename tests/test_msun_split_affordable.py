@@ -65,13 +65,30 @@ def test_reasons_name_what_is_added():
     assert choice.rivalry == "Runner-up: features.0, score 0.050 against 0.200."
     dear = suggest_split(report(RESTORED[:2]), known([90, 100]), rule="affordable", growth=0.5)
     assert (dear.layer, dear.clear) == ("features.0", False)
-    assert "Every cut adds 50 % of the parameters or more" in dear.why
+    assert "After every cut subnets add 50 % of the features' parameters or more" in dear.why
     wide = suggest_split(
         report(RESTORED[:4]), known([5, 20, 60, 100]), rule="affordable", growth=1.1
     )
     assert wide.layer == "features.3"
     usual = suggest_split(report(RESTORED[:4]), known([5, 20, 60, 100]), rule="affordable")
     assert usual.layer == "features.2"  # two scales: the last cut would be two networks
+
+
+def test_cuts_off_the_curve_count_for_the_whole_and_are_named():
+    five = known([5, 20, 60, 90, 100])
+    part = suggest_split(report(RESTORED[:2]), five, rule="affordable")
+    assert (part.layer, part.score, part.clear) == ("features.1", 0.2, True)
+    assert part.cautions[-1].endswith("not on the curve: features.2, features.3.")
+    whole = suggest_split(report(RESTORED[:5]), five, rule="affordable")
+    assert whole.layer == "features.3"
+    assert not any("Deeper" in text for text in whole.cautions)
+    values = RESTORED[:5].copy()
+    values[3] = np.nan  # as of a layer that gives zeros
+    gap = suggest_split(report(values), five, rule="affordable")
+    assert (gap.layer, gap.score) == ("features.2", 0.6)
+    assert gap.cautions[-1].endswith("not on the curve: features.3.")
+    lone = suggest_split(report(RESTORED[:1]), known([5, 100]), rule="affordable")
+    assert (lone.layer, lone.clear, lone.score) == ("features.0", True, 0.05)
 
 
 def test_uncertain_cka_makes_no_doubt_of_it():
@@ -93,6 +110,9 @@ def test_unknown_parameters_and_bad_limits():
         suggest_split(report(RESTORED), names(19), rule="affordable")
     for growth in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"^growth out of range: "):
+            suggest_split(report(RESTORED), names(19), growth=growth)
+    for growth in ("1", None, True):
+        with pytest.raises(ValueError, match=r"^growth is no number: "):
             suggest_split(report(RESTORED), names(19), growth=growth)
 
 

@@ -112,7 +112,7 @@ def by_hand(model, x, y, steps, *, lr, decay, momentum=0.9, smoothing=0.1, rows=
 
 PLAIN = {
     "val_share": 0.0, "augment": "none", "warmup": 0.0, "ema": None, "distill": 0.0,
-    "weight_decay": 0.01, "max_steps": 3,
+    "weight_decay": 0.01, "max_steps": 3, "between": 0.0,
 }  # fmt: skip
 
 

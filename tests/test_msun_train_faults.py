@@ -150,7 +150,9 @@ def test_a_file_in_the_way(tmp_path):
         ("epochs", 0), ("epochs", 1.5), ("max_steps", 0), ("batch_size", -1), ("lr", 0.0),
         ("lr", math.nan), ("clip", 0.0), ("weight_decay", -1.0), ("tau", -0.1), ("momentum", 1.0),
         ("ema", 1.0), ("val_share", 1.0), ("label_smoothing", -0.1), ("warmup", 2.0), ("seed", -1),
-        ("distill", math.inf), ("amp", "fp8"), ("constraint", "hard"), ("mean", (0.5,)),
+        ("distill", math.inf), ("lr", "0.1"), ("between", "0.5"), ("between", [0.5]),
+        ("between", True), ("between", 1.5), ("val_share", "0.1"), ("amp", "fp8"),
+        ("constraint", "hard"), ("mean", (0.5,)),
     ],
 )  # fmt: skip
 def test_bad_options_are_named(tmp_path, name, value):

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import images, network, options, run, same, weights
+from training import SCALES, backbone, images, network, options, run, same, weights
 
 from msun import checkpoint
+from msun.build import build
+from msun.policy import POLICIES
 from msun.train import train
 
 HERE = Path(__file__).resolve().parent
@@ -199,10 +201,10 @@ def interrupted(tmp_path_factory):
         ({"constraint": "raw"}, "constraint was 'normalised', is 'raw'"),
         ({"flip": True}, "flip was None, is True"),
         ({"shards": 2}, "shards was 1, is 2"),
-        ({"scales": (8, 12, 16)}, "(model|scales) was "),
+        ({"scales": (8, 12, 16)}, r"(model\.sha256|scales) was "),
         ({"preset": "paper"}, "(between|constraint|model) was "),
-        ({"data": images(seed=1)}, "data was "),
-        ({"data": images(n=52)}, "data was "),
+        ({"data": images(seed=1)}, r"data\.sha256 was "),
+        ({"data": images(n=52)}, r"data\.images was 48, is 52"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -215,8 +217,49 @@ def test_another_start_is_refused(interrupted):
     model = network()
     with torch.no_grad():
         next(model.parameters())[0, 0, 0, 0] += 1e-3
-    with pytest.raises(ValueError, match="saved state of another run: model was "):
+    with pytest.raises(ValueError, match=r"saved state of another run: model\.sha256 was "):
         train(model, images(), options(interrupted, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("choices", "named"),
+    [
+        ({"inputs": "scale"}, r"policy\.inputs was 'small', is 'scale'"),
+        ({"routing": "up"}, r"policy\.routing was 'nearest', is 'up'"),
+        ({"antialias": False}, r"policy\.antialias was True, is False"),
+    ],
+)
+def test_another_policy_is_refused_though_its_modules_are_the_same(interrupted, choices, named):
+    model = build(backbone(), "stem", SCALES, policy=POLICIES["lean"].but(**choices))
+    with pytest.raises(ValueError, match=f"^saved state of another run: {named}"):
+        train(model, images(), options(interrupted, resume=True))
+
+
+def test_runs_of_earlier_versions_go_on(tmp_path):
+    """They knew neither sizes between the scales nor all of today's choices."""
+    how = {"preset": "paper", "max_steps": 4, "between": None}
+    whole, _ = run(tmp_path / "whole", **how)
+    interrupt(tmp_path / "cut", 2, **how)
+    state = torch.load(tmp_path / "cut" / "state.pt", weights_only=True)
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    told = json.loads(state["run"])
+    for run_of in (told, config["run"]):
+        assert run_of["between"] == 0.0
+        del run_of["between"], run_of["policy"]
+    state["run"] = json.dumps(told)
+    torch.save(state, tmp_path / "cut" / "state.pt")
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(config))
+    model, path = run(tmp_path / "cut", resume=True, **how)
+    assert same(weights(model), weights(whole))
+    kept = torch.load(path, weights_only=True)
+    del kept["network"]["policy"]["inputs"], kept["network"]["policy"]["strides"]
+    torch.save(kept, tmp_path / "whole" / "model.pt")
+    again, _ = run(tmp_path / "whole", resume=True, **how)
+    assert same(weights(again), weights(whole))
+    with pytest.raises(
+        ValueError, match=r"^finished run of another run: between was 0\.0, is 0\.5"
+    ):
+        run(tmp_path / "whole", resume=True, **{**how, "between": 0.5})
 
 
 def test_where_and_how_may_change(interrupted, whole, tmp_path):

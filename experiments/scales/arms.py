@@ -13,7 +13,7 @@ from experiments.scales.tasks import Task
 from msun import MSUN, build
 from msun.policy import policy_of
 
-__all__ = ["ARMS", "BATCH", "HALF", "PAIRS", "READINGS", "Arm", "made", "plain_net"]
+__all__ = ["ARMS", "BATCH", "HALF", "PAIRS", "READINGS", "TUNED", "Arm", "made", "plain_net"]
 
 BATCH = 32  # images a step, each at all scales of an arm
 HALF = " @16"  # ends the names of arms and readings with half of that
@@ -208,12 +208,17 @@ ARMS: dict[str, Arm] = {
 }  # fmt: skip
 
 
+# With half the batch each of these has a rate of its own; others take that of their family.
+TUNED = {name: name for name in ("lean+small", "d3+small", "g+small")}
+TUNED |= dict.fromkeys(("own+small", "lean+small+kd"), "lean+small")
+
+
 def _halved(name: str) -> Arm:
     """An arm with twice the steps of half the images; its rate is tuned anew."""
     arm = ARMS[name]
     return replace(
         arm, about=f"{arm.about}, batches of {BATCH // 2}", batch=BATCH // 2,
-        rate_of=arm.rate_of + HALF, paces=arm.paces and arm.paces + HALF,
+        rate_of=TUNED.get(name, arm.rate_of) + HALF, paces=arm.paces and arm.paces + HALF,
         readings={label + HALF: how for label, how in arm.readings.items()},
     )  # fmt: skip
 
