@@ -62,6 +62,8 @@ def draw(ledger: Ledger, page: Path) -> None:
         asked.append(diffs.assign(tier=ending.strip("-")))
         for task, net in mine[["task", "net"]].drop_duplicates().itertuples(index=False):
             found = of_tier(mine, costs, diffs, task, net)
+            judged = tables.verdicts(mine, under(pairs, tier), task, net, CUTS[net])
+            found["verdict"] = markdown(judged)
             blocks |= {f"{name} {task}-{net}{ending}": text for name, text in found.items()}
             tested = tables.accuracy(mine)
             tested = tested[(tested["task"] == task) & (tested["net"] == net)]
@@ -103,7 +105,6 @@ def of_tier(
         "main": tables.main_table(runs, trainings, task, net).reset_index(),
         "lean": tables.pair_table(diffs, task, net, leans),
         "factors": tables.pair_table(diffs, task, net, others),
-        "verdict": tables.verdict(runs, diffs, task, net),
     }
     return {name: markdown(table) for name, table in found.items()}
 

@@ -220,14 +220,12 @@ class Bench:
         frame = frame[frame["split"] == "test"]
         done = set(zip(*(known[c] for c in (*GROUP, "arm", "other")), strict=True))
         for group, mine in frame.groupby(list(GROUP)):
-            task, net, cut, budget, seed = group
+            task, net, _, budget, seed = group
             ours = dict(zip(mine["arm"], mine["key"], strict=True))
-            others = dict(ours)
-            if cut != CUT:  # beside networks that have no cut
-                at = (frame["task"] == task) & (frame["net"] == net) & (frame["seed"] == seed)
-                at &= (frame["budget"] == budget) & (frame["cut"] == CUT)
-                home = frame[at & frame["run"].map(_has_no_cut)]
-                others |= dict(zip(home["arm"], home["key"], strict=True))
+            # beside networks at the usual cut, which for most makes no difference
+            at = (frame["task"] == task) & (frame["net"] == net) & (frame["seed"] == seed)
+            home = frame[at & (frame["budget"] == budget) & (frame["cut"] == CUT)]
+            others = {**dict(zip(home["arm"], home["key"], strict=True)), **ours}
             rows: list[dict[str, Any]] = []
             for arm, other in product(ours, others):
                 if (arm, other) in PAIRS and (*group, arm, other) not in done:
@@ -242,12 +240,6 @@ class Bench:
                         rows += [{**base, **row} for row in found]
             if rows:
                 self.ledger.add("pairs", rows)
-
-
-def _has_no_cut(run: str) -> bool:
-    """Whether an arm is the same network wherever the head ends."""
-    arm = ARMS[run]
-    return arm.scales != "all" or arm.choices.get("merge") == "native"
 
 
 def predictions(folder: Path, label: str, split: str) -> Path:

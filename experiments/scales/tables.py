@@ -9,14 +9,14 @@ from experiments.scales.manifest import CUT, DESIGN, LINE, LONG
 from experiments.scales.stats import holm, interval
 
 __all__ = ["LABELS", "accuracy", "differences", "flatness", "halved", "main_table", "rates_table",
-           "verdict"]  # fmt: skip
+           "verdicts"]  # fmt: skip
 
 LABELS = tuple(dict.fromkeys(label for arm in ARMS.values() for label in arm.readings))
 # what the MSUN must beat, in the order of how much it costs to have them
 JUDGED = f"{DESIGN}, served"
 RIVALS = ("c3, served", "c3, enlarged, served", "d1, served", "d2, served", "d3, served",
           "d3+small, served", "g, served", "g+small, served")  # fmt: skip
-NO_CUT = ("d3+small, served", "c3, served", "a+bn")
+BESIDE = ("d3+small, served", "g+small, served", "c3, served", "a+bn")  # at the usual cut
 GROUP = ["task", "net"]
 
 
@@ -111,11 +111,11 @@ def pair_table(diffs: pd.DataFrame, task: str, net: str, arms: tuple[str, ...]) 
 
 
 def by_cut(pairs: pd.DataFrame, cuts: dict[str, tuple[str, ...]]) -> pd.DataFrame:
-    """The design cut at each place, minus networks that have no cut: mean over sizes, mixed."""
+    """The design cut at each place, minus networks at the usual cut: mean over sizes, mixed."""
     rows = []
     for cut in dict.fromkeys(cut for places in cuts.values() for cut in places):
         found = differences(pairs, cut=cut)
-        found = found[(found["arm"] == JUDGED) & found["other"].isin(NO_CUT)]
+        found = found[(found["arm"] == JUDGED) & found["other"].isin(BESIDE)]
         for (task, net, other), part in found.groupby([*GROUP, "other"], sort=False):
             by = part.set_index("view")
             row = {"task": task, "net": net, "cut": cut, "other": other}
@@ -163,9 +163,26 @@ def rates_table(runs: pd.DataFrame) -> pd.DataFrame:
     return means.sort_values(names, kind="stable")
 
 
-def verdict(runs: pd.DataFrame, diffs: pd.DataFrame, task: str, net: str) -> pd.DataFrame:
+def verdicts(
+    runs: pd.DataFrame, pairs: pd.DataFrame, task: str, net: str, cuts: tuple[str, ...]
+) -> pd.DataFrame:
+    """The number to beat, a line a criterion and a column a cut of the design; rivals at CUT."""
+    columns = {}
+    for cut in cuts:
+        rows = verdict(runs, differences(pairs, cut=cut), task, net, cut)
+        if len(rows):
+            told = rows["met"] + ": " + rows["found"]
+            columns[cut] = told.set_axis(rows["criterion"])
+    return pd.DataFrame(columns).fillna("").rename_axis("criterion").reset_index()
+
+
+def verdict(
+    runs: pd.DataFrame, diffs: pd.DataFrame, task: str, net: str, cut: str = CUT
+) -> pd.DataFrame:
     """The number to beat, line by line, as far as there are runs."""
-    table = accuracy(runs)
+    own, home = accuracy(runs, cut=cut), accuracy(runs)
+    parts = [own[own["arm"] == JUDGED], home[home["arm"] != JUDGED]]
+    table = pd.concat([part for part in parts if len(part)] or parts[:1])
     table = table[(table["task"] == task) & (table["net"] == net)]
     macs = table.groupby(["arm", "view"])["mmacs"].mean()
     mine = diffs[(diffs["task"] == task) & (diffs["net"] == net) & (diffs["arm"] == JUDGED)]
