@@ -277,11 +277,13 @@ _ASKED: dict[str, tuple[str, ...]] = {
     "a+bn": ("a",),
 }  # fmt: skip
 _HALVED = {label for arm in ARMS.values() for label in arm.readings if label.endswith(HALF)}
+_RIVALS = ("d3+small, served", "g+small, served", "d3, served", "c3, enlarged, served", "a")
 _PAIRS = {(arm, other) for arm, others in _ASKED.items() for other in others}
 PAIRS = frozenset(
     _PAIRS
     | {(a + HALF, b + HALF) for a, b in _PAIRS if {a + HALF, b + HALF} <= _HALVED}
     | {(label, label.removesuffix(HALF)) for label in _HALVED}
+    | {("lean+small, served" + HALF, rival) for rival in _RIVALS}
 )
 
 

@@ -233,6 +233,7 @@ def pareto(table: pd.DataFrame) -> Axes:
         placed.append((x, y))
         ax.text(x + 0.018 * wide, y, str(arm), fontsize=8, va="center")
     ax.set_ylim(top=max(at for _, at in placed) + high / 28)
+    ax.set_yticks([tick for tick in ax.get_yticks() if ax.get_ylim()[0] <= tick <= 100])
     ax.set(xlabel="MMACs an image, mean over the sizes", ylabel="top-1 (%), mean over the sizes")
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)

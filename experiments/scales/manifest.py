@@ -175,6 +175,7 @@ def _ordered() -> Iterator[Run]:
     for arm in (*FIRST, *LINE):
         yield Run("glyphs", "depthwise", arm, 0)
     for seed in (3, 4):
+        yield from _halves(seed)
         for arm in HEADLINE:
             yield Run("glyphs", "residual", arm, seed)
     for seed in (0, 1, 2):

@@ -126,16 +126,18 @@ def by_cut(pairs: pd.DataFrame, cuts: dict[str, tuple[str, ...]]) -> pd.DataFram
 
 
 def halved(pairs: pd.DataFrame) -> pd.DataFrame:
-    """What twice the steps of half the images give each reading: mean over sizes, and the ends."""
-    mine = pairs[pairs["arm"] == pairs["other"].astype(str) + HALF]
+    """Half the batch against the whole: mean over sizes, and the ends."""
+    ends = [pairs[column].astype(str).str.endswith(HALF) for column in ("arm", "other")]
+    mine = pairs[ends[0] & ~ends[1]]
     rows = []
     for cut in mine["cut"].drop_duplicates():
         found = differences(mine, cut=cut)
-        for (task, net, arm), part in found.groupby([*GROUP, "arm"], sort=False):
+        names = [*GROUP, "arm", "other"]
+        for (task, net, arm, other), part in found.groupby(names, sort=False):
             by = part.set_index("view")
             sizes = sorted((v for v in by.index if v.isdecimal()), key=int)
             views = {"mean": "mean", "smallest size": sizes[0], "largest size": sizes[-1]}
-            row = {"task": task, "net": net, "cut": cut, "arm": arm.removesuffix(HALF)}
+            row = {"task": task, "net": net, "cut": cut, "arm": arm, "other": other}
             row |= {name: told(by.loc[v]) for name, v in views.items() if v in by.index}
             rows.append({**row, "seeds": int(part["seeds"].max())})
     return pd.DataFrame(rows)
