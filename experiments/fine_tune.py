@@ -35,10 +35,12 @@ from msun import (
     suggest_split,
     train,
 )
+from msun.between import step_macs
 from msun.cut import example_images, find_cuts
 from msun.model import MSUN
 from msun.plot import accuracy, pareto
 from msun.plot_split import split_curve
+from msun.policy import POLICIES
 from msun.subnets import STARTS
 
 HERE = Path(__file__).resolve().parent
@@ -161,15 +163,15 @@ def arms(
     task: Task, loaded: LoadedModel, tuned: dict[str, Path], images: Path
 ) -> dict[str, tuple[nn.Module | LoadedModel, dict[str, Any]]]:
     """What is measured: trained networks, and the plain one in three ways."""
-    further = [side for side in task.sizes if side not in task.scales]
     own = [side for side in task.sizes if side != task.upsampled_to]
-    lean: MSUN = load(tuned["lean"], backbone=loaded.model)
-    again: MSUN = load(tuned["lean"], backbone=loaded.model)
-    calibrate(again, images, further, split="train")
+    found: dict[str, tuple[nn.Module | LoadedModel, dict[str, Any]]] = {}
+    for arm in ("lean", "lean, native"):
+        again: MSUN = load(tuned[arm], backbone=loaded.model)
+        calibrate(again, images, task.sizes, split="train")  # trained sizes where it is worth it
+        found[arm] = load(tuned[arm], backbone=loaded.model), {}
+        found[f"{arm}, BN re-estimated"] = again, {}
     single: MSUN = load(tuned["single"], backbone=loaded.model)
-    return {
-        "lean": (lean, {}),
-        "lean, BN re-estimated": (again, {}),
+    return found | {
         "single scale, tuned, upsampled": (single, {"feed": "upsampled"}),
         "plain, native": (loaded, {}),
         "plain, upsampled": (loaded, {"feed": "upsampled", "reference": task.upsampled_to}),
@@ -185,15 +187,18 @@ def run(name: str, data: Path, work: Path) -> None:
     rows = task.rows(data)
     at = chosen_cut(task, loaded, images, work, name)
     start = best_start(task, loaded, at, images, rows, work, name)
+    before = POLICIES["lean"].but(inputs="native", strides="last")  # as `lean` was at first
     nets = {
-        "lean": build(loaded, at, task.scales, start=start, inputs="native"),
-        "single": build(loaded, at, task.scales[-1:]),
+        "lean, native": build(loaded, at, task.scales, start=start, policy=before),
+        "single": build(loaded, at, task.scales[-1:], policy=before),
+        "lean": build(loaded, at, task.scales, start=start),
     }
-    macs = {arm: sum(map(net.macs, net.scales)) for arm, net in nets.items()}
+    macs = {arm: step_macs(net) for arm, net in nets.items()}
     tuned = {}
     for arm, net in nets.items():
+        epochs = round(task.epochs * macs["lean, native"] / macs[arm])
         config = TrainConfig(
-            out=work / arm, epochs=round(task.epochs * macs["lean"] / macs[arm]), lr=task.lr,
+            out=work / arm.replace(", ", "-"), epochs=epochs, lr=task.lr,
             rows=rows, mean=loaded.mean, std=loaded.std, label_smoothing=0.1, val_share=0.1,
             clip=1.0, resume=True,
         )  # fmt: skip
