@@ -121,7 +121,8 @@ def regrets(cuts: pd.DataFrame, said: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for (task, net), part in cuts.groupby(["task", "net"], sort=False):
-        wide = part.pivot_table(index="seed", columns="cut", values="top1").dropna()
+        wide = part.pivot_table(index="seed", columns="cut", values="top1")
+        wide = wide.dropna(axis=1, thresh=len(wide) // 2 + 1).dropna()  # cuts that most seeds have
         mine = said[(said["task"] == task) & (said["net"] == net)]
         for rule, told in [*mine.groupby("rule", sort=False), *_fixed(net, wide.index)]:
             picks = told[told["place"] == 1].set_index("seed")["layer"]
