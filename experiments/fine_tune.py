@@ -44,6 +44,7 @@ from msun.policy import POLICIES
 from msun.subnets import STARTS
 
 HERE = Path(__file__).resolve().parent
+BEFORE = POLICIES["lean"].but(inputs="native", strides="last")  # as `lean` was at first
 CIFAR = "cifar10_jpeg_train20000_test10000.tar.xz"
 
 
@@ -134,15 +135,15 @@ def best_start(
 ) -> str:
     """Which start of the small subnets keeps the map at the cut most like the reference's.
 
-    For `lean`, and where the trunk always runs at the full grid, for which more strides go; the
-    choice is by `lean` at the smallest scale.
+    For `lean` as it was at first, and where the trunk always runs at the full grid, for which more
+    strides go; the choice is by the former at the smallest scale, and today's `lean` takes it too.
     """
     path = HERE / "results" / f"tune_{name}_starts.csv"
     if not (work / "starts.done").exists():
         frames = []
         for merge in ("follow", "full"):
             for start in STARTS:
-                net = build(loaded, at, task.scales, start=start, merge=merge, inputs="native")
+                net = build(loaded, at, task.scales, start=start, merge=merge, policy=BEFORE)
                 table = evaluate(
                     net, images, task.scales, split="train", n_images=384, arm=start, rows=rows,
                     mean=loaded.mean, std=loaded.std, latency=False,
@@ -187,10 +188,9 @@ def run(name: str, data: Path, work: Path) -> None:
     rows = task.rows(data)
     at = chosen_cut(task, loaded, images, work, name)
     start = best_start(task, loaded, at, images, rows, work, name)
-    before = POLICIES["lean"].but(inputs="native", strides="last")  # as `lean` was at first
     nets = {
-        "lean, native": build(loaded, at, task.scales, start=start, policy=before),
-        "single": build(loaded, at, task.scales[-1:], policy=before),
+        "lean, native": build(loaded, at, task.scales, start=start, policy=BEFORE),
+        "single": build(loaded, at, task.scales[-1:], policy=BEFORE),
         "lean": build(loaded, at, task.scales, start=start),
     }
     macs = {arm: step_macs(net) for arm, net in nets.items()}

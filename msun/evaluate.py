@@ -79,8 +79,7 @@ def evaluate(
         mixed: add a row of images of mixed sizes, each drawn log-uniformly from the smallest to
             the largest (a whole number of pixels); every image is decoded once more for it.
         cka: compare features with those at the reference.
-        latency: time the network, on noise of what is fed, alone: without the resize to that,
-            and with the one that an MSUN makes itself (`Policy.inputs`).
+        latency: time the network alone, on noise of what is fed; an MSUN's own resize is in it.
         arm: a name for a first column "arm".
         predictions: also write the `Predictions` there, an .npz.
         split: as in `open_labelled`, but the glyphs are those to test on.

@@ -29,8 +29,8 @@ class TrainConfig:
         out: Folder for model.pt, metrics.csv, config.json and, until the end, state.pt.
         epochs: Passes over the training images.
         max_steps: Stop after so many steps instead; the schedule spans them.
-        batch_size: Images a step, over all processes together; each is seen at every scale, so
-            where the cost is given, small batches pay (experiments/scales: 16 rather than 32).
+        batch_size: Images a step, over all processes together; each is seen at every scale. For
+            equal cost, 16 in place of 32 gave `lean` 0.3 to 0.5 points (experiments/scales).
         lr: Highest learning rate, after the warm-up.
         momentum: Of SGD.
         weight_decay: Of SGD, on every weight.

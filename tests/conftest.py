@@ -19,6 +19,12 @@ def real_data() -> Path:
     return folder
 
 
+@pytest.fixture
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`experiments` is a package of the repository alone: imported from there."""
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+
+
 torch.set_num_threads(1)  # two threads on two busy cores wait for each other most of the time
 
 

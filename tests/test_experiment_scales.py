@@ -5,15 +5,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
 from msun.descent import Descent
 
-
-@pytest.fixture(autouse=True)
-def _from_the_root(monkeypatch, request):
-    monkeypatch.syspath_prepend(str(request.config.rootpath))
+pytestmark = pytest.mark.usefixtures("at_the_root")
 
 
 def bench(folder, results="results"):
@@ -93,7 +89,7 @@ def test_every_arm_gets_the_same_macs_counted_on_its_forwards():
         "d3",
         "line small",
         "single, lean's steps",
-        "lean @16",
+        "g @16",
         "paper @16",
     ):
         arm = ARMS[name]
@@ -224,64 +220,31 @@ def test_every_comparison_names_arms_and_no_run_comes_twice():
     assert len(keys) == len(set(keys))
 
 
-def test_intervals_and_holm_against_scipy():
-    from experiments.scales.stats import holm, interval
+def test_a_run_at_another_cut_is_paired_with_rivals_of_its_budget_at_the_usual_one(tmp_path):
+    from experiments.scales.execute import predictions
+    from experiments.scales.manifest import Run
+    from msun.scores import Predictions
 
-    rng = np.random.default_rng(0)
-    diffs = rng.normal(0.01, 0.02, 5)
-    got = interval(diffs, [0.0] * 5, 1000)
-    want = stats.ttest_1samp(diffs, 0)
-    assert (got.low, got.high) == pytest.approx(tuple(want.confidence_interval(0.95)))
-    assert got.p == pytest.approx(want.pvalue)
-
-    image = rng.choice([-1.0, 0.0, 1.0], 400, p=[0.1, 0.7, 0.2])
-    got = interval([image.mean()], [image.var(ddof=1)], 400)
-    want = stats.ttest_1samp(image, 0)
-    assert (got.low, got.high) == pytest.approx(tuple(want.confidence_interval(0.95)))
-
-    both = interval(diffs, [0.1] * 5, 400)  # images add to what the seeds say
-    assert both.high - both.low > (1.96 * 2) * (0.1 / 400 + np.var(diffs, ddof=1) / 5) ** 0.5
-    assert interval([0.0, 0.0], [0.0, 0.0], 9) == (0, 0, 0, 1, 2)
-
-    ps = [0.01, 0.04, 0.03, 0.005]
-    assert holm(ps) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # Holm 1979, by hand
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-
-
-def test_intervals_cover():
-    from experiments.scales.stats import interval
-
-    rng = np.random.default_rng(1)
-    hits = 0
-    for _ in range(400):  # images that all seeds share, and seeds
-        shared = rng.normal(0, 1, 200)
-        seeds = [shared + rng.normal(0, 1, 200) + rng.normal(0, 0.1) for _ in range(3)]
-        got = interval([x.mean() for x in seeds], [x.var(ddof=1) for x in seeds], 200)
-        hits += got.low <= 0 <= got.high
-    assert hits >= 0.93 * 400
-
-
-def test_regret_is_measured_on_the_seeds_that_did_not_choose():
-    import pandas as pd
-
-    from experiments.scales.split import regrets
-
-    top1 = {0: {"stem": 70.0, "layer1": 72.0}, 1: {"stem": 71.0, "layer1": 70.5}}
-    cuts = pd.DataFrame([
-        {"task": "t", "net": "n", "seed": s, "cut": c, "top1": x}
-        for s, row in top1.items() for c, x in row.items()
-    ])  # fmt: skip
-    said = pd.DataFrame([
-        {"task": "t", "net": "n", "seed": s, "rule": "r", "layer": c, "score": x, "place": p}
-        for s in (0, 1) for c, x, p in (("stem", 0.9, 1), ("layer1", 0.8, 2))
-    ])  # fmt: skip
-    table = regrets(cuts.assign(net="residual"), said.assign(net="residual")).set_index("rule")
-    row = table.loc["r"]
-    # seed 0: seed 1 prefers the stem, as the rule does; seed 1: seed 0 prefers layer1
-    assert row["regret"] == pytest.approx((0.0 + (70.5 - 71.0)) / 2)
-    assert table.loc["always stem", "regret"] == row["regret"]
-    assert table.loc["always layer1", "regret"] == pytest.approx(((70.0 - 72.0) + 0.0) / 2)
-    assert "always layer2" not in table.index  # not trained
+    here = bench(tmp_path)
+    right = {("lean+small", "layer1", 1.0): 3, ("lean+small", "layer2", 1.0): 4,
+             ("d3+small", "layer1", 1.0): 1, ("lean+small", "layer2", 4.0): 2,
+             ("d3+small", "layer1", 4.0): 0}  # fmt: skip
+    for (arm, cut, budget), hits in right.items():
+        run = Run("glyphs", "residual", arm, 0, budget, cut)
+        ((label, _),) = run.readings.items()
+        at = {"task": run.task, "net": run.net, "cut": cut, "budget": budget, "seed": 0, "lr": 1.0}
+        seen = {"arm": label, "split": "test", "view": "8", "n": 4, "top1": hits / 4, "mmacs": 1.0}
+        here.ledger.add("runs", [{**at, **seen, "run": arm, "key": run.key}])
+        rank = np.where(np.arange(4) < hits, 0, 1)[:, None]
+        path = predictions(here.work / "runs" / run.key, label, "test")
+        path.parent.mkdir(parents=True)
+        Predictions(np.array(["8"]), np.zeros(4, int), rank, rank, np.full((4, 1), 8)).save(path)
+    here.pair()
+    pairs = here.ledger.read("pairs").query("view == '8'")
+    assert pairs.set_index(["cut", "budget"])["diff"].to_dict() == {
+        ("layer1", 1.0): 0.5, ("layer2", 1.0): 0.75, ("layer2", 4.0): 0.5
+    }  # fmt: skip
+    assert set(pairs["other"]) == {"d3+small, served"}
 
 
 def test_latency_is_a_ratio_to_enlarging_everything():
@@ -315,31 +278,3 @@ def test_gradients_of_one_scale_twice_are_parallel(monkeypatch):
     a, b = (why._gradient(net, x, y, 56, shared) for _ in range(2))
     assert float(torch.nn.functional.cosine_similarity(a, b, dim=0)) == pytest.approx(1, abs=1e-5)
     assert len(a) == sum(p.numel() for p in shared)
-
-
-def test_a_tier_reads_as_the_first_and_mixes_with_none():
-    import pandas as pd
-
-    from experiments.scales.arms import ARMS, HALF
-    from experiments.scales.tiers import TIERS, under
-
-    names = [("lean", 1.0), ("lean @16", 1.0), ("lean", 4.0), ("paper", 1.0), ("single", 2.0)]
-    runs = pd.DataFrame([
-        {"run": name, "arm": f"{name.removesuffix(HALF)}, served{HALF * name.endswith(HALF)}",
-         "budget": budget, "top1": k} for k, (name, budget) in enumerate(names)
-    ])  # fmt: skip
-    found = {ending: under(runs, tier) for ending, tier in TIERS.items()}
-    assert {e: t["top1"].tolist() for e, t in found.items()} == {
-        "": [0, 3], "-half": [1], "-long": [2]
-    }  # fmt: skip
-    for table in found.values():
-        assert set(table["arm"]) <= {"lean, served", "paper, served"}
-        assert set(table["budget"]) == {1.0}
-    pairs = pd.DataFrame([
-        {"budget": 1.0, "arm": arm, "other": other}
-        for arm, other in (("lean", "d3"), ("lean @16", "d3 @16"), ("lean @16", "lean"))
-    ])  # fmt: skip
-    assert len(under(pairs, TIERS[""])) == len(under(pairs, TIERS["-half"])) == 1
-    half, whole = ARMS["lean+small" + HALF], ARMS["lean+small"]
-    assert (2 * half.batch, half.choices) == (whole.batch, whole.choices)
-    assert half.rate_of in ARMS

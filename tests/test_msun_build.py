@@ -210,6 +210,8 @@ def test_bad_choices_are_one_line(words, text):
 def test_what_is_no_classifier():
     with pytest.raises(TypeError, match=r"^no network: str: "):
         msun.build("resnet18", "layer1", (16, 64))
+    with pytest.raises(TypeError, match=r"^not a policy: 'lean': give a Policy, or a preset by"):
+        msun.build(glyphnet(), "layer1", (16, 64), policy="lean")
     maps = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)).eval()
     with pytest.raises(ValueError, match=r"^the backbone gives no logits \(n, classes\): \(1, 2, "):
         msun.build(maps, "0", (8, 16))

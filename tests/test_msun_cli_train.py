@@ -113,6 +113,12 @@ def test_auto_takes_what_suggest_would(capsys, tmp_path):
     assert out.splitlines()[0] != ""
     assert cli.main([*words, "--resume"]) == 0, "the probe is not repeated"
     assert len(capsys.readouterr().out.splitlines()) == 2
+    words[-1] = str(tmp_path / "cheap")
+    assert cli.main([*words, "--growth", "0.05"]) == 0
+    assert "costs=" not in capsys.readouterr().out, "a shell has no subnet_costs"
+    cheap = json.loads((tmp_path / "cheap" / "split.json").read_text())
+    assert cheap["growth"] == 0.05
+    assert cheap["ranking"][0]["score"] < 0.05 < split["ranking"][0]["score"]
 
 
 @pytest.mark.parametrize(
@@ -122,6 +128,7 @@ def test_auto_takes_what_suggest_would(capsys, tmp_path):
         (["--rows", "a,b"], "bad --rows: 'a,b': "),
         (["--model-arg", "classes=5"],
          "head does not fit the data: 5 outputs for the 3 classes of 'train': "),
+        (["--growth", "0"], "growth out of range: 0.0: "),
         (["--flip", "maybe"], "bad --flip: 'maybe': "),
         (["--crop-area", "1,x"], "--crop-area is no list of numbers: '1,x': "),
         (["--lr", "-1"], "bad lr: -1.0: "),

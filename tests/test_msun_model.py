@@ -326,28 +326,3 @@ def test_it_tells_what_it_is(lean):
     assert "lean at 'layer1' for 16, 32, 64 px" in repr(lean)
     assert lean.origin.changes == {16: "stem.0 stride 2 -> 1", 32: "", 64: ""}
     assert lean.origin.subnets == "strides taken out"
-
-
-@torch.no_grad()
-def test_inputs_resized_to_the_scale_that_serves_them():
-    net, native, small = (
-        msun.build(glyphnet(), "layer1", SCALES, inputs=how) for how in ("scale", "native", "small")
-    )
-    for side, scale in ((12, 16), (20, 16), (24, 32), (40, 32), (50, 64), (64, 64), (90, 64)):
-        x = noise(2, side)
-        fed = F.interpolate(x, (scale, scale), mode="bilinear", antialias=side > scale)
-        fed = x if side == scale else fed
-        assert torch.equal(net(x), native(fed))
-        assert net.macs(side) == native.macs(scale)
-        assert net.plan(side) == native.plan(scale)
-        lean = native if scale == 64 else net
-        assert torch.equal(small(x), lean(x))
-        assert small.plan(side) == lean.plan(side)
-    assert net.plan(20, 45) == native.plan(21, 48, scale=32)  # the aspect is kept
-    assert torch.equal(net.step(noise(2, 32), 32)[0], native.step(noise(2, 32), 32)[0])
-    images = [noise(1, 20)[0], noise(1, 64)[0], noise(1, 20, seed=1)[0]]
-    alone = torch.cat([net(image[None]) for image in images])
-    assert torch.allclose(net(images), alone, atol=1e-5)
-    msun.calibrate(net, (noise(8, 64), torch.zeros(8, dtype=torch.int64)), [20, 32], progress=False)
-    assert net.calibrated == ((20, 20), (32, 32))  # by what the image was, not by what is fed
-    assert not torch.equal(net(noise(2, 20)), alone[[0, 2]])

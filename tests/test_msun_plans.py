@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import msun
+from cka_probe.glyphnet import glyphnet
 from msun.policy import Policy
 
 
@@ -30,6 +31,36 @@ def network(**choices):
     return msun.build(backbone, "last", (32, 64), policy=Policy(**choices))
 
 
+def noise(n, side, seed=0):
+    return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def test_inputs_resized_to_the_scale_that_serves_them():
+    net, native, small = (
+        msun.build(glyphnet(), "layer1", (16, 32, 64), inputs=how)
+        for how in ("scale", "native", "small")
+    )
+    for side, scale in ((12, 16), (20, 16), (24, 32), (40, 32), (50, 64), (64, 64), (90, 64)):
+        x = noise(2, side)
+        fed = F.interpolate(x, (scale, scale), mode="bilinear", antialias=side > scale)
+        fed = x if side == scale else fed
+        assert torch.equal(net(x), native(fed))
+        assert net.macs(side) == native.macs(scale)
+        assert net.plan(side) == native.plan(scale)
+        lean = native if scale == 64 else net
+        assert torch.equal(small(x), lean(x))
+        assert small.plan(side) == lean.plan(side)
+    assert net.plan(20, 45) == native.plan(21, 48, scale=32)  # the aspect is kept
+    assert torch.equal(net.step(noise(2, 32), 32)[0], native.step(noise(2, 32), 32)[0])
+    images = [noise(1, 20)[0], noise(1, 64)[0], noise(1, 20, seed=1)[0]]
+    alone = torch.cat([net(image[None]) for image in images])
+    assert torch.allclose(net(images), alone, atol=1e-5)
+    msun.calibrate(net, (noise(8, 64), torch.zeros(8, dtype=torch.int64)), [20, 32], progress=False)
+    assert net.calibrated == ((20, 20), (32, 32))  # by what the image was, not by what is fed
+    assert not torch.equal(net(noise(2, 20)), alone[[0, 2]])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("inputs", ["small", "scale"])
 def test_images_of_any_aspect_are_rounded_to_what_a_subnet_takes(inputs):
@@ -41,11 +72,11 @@ def test_images_of_any_aspect_are_rounded_to_what_a_subnet_takes(inputs):
         if fed is None and inputs == "small":
             assert torch.equal(net(x), native(x))
             continue
+        assert net(x).shape == (1, 5), "a forward finds out by itself"
         found = net._planner.fed(h, w, scale)
         assert all(side % 8 == 0 for side in found)
         assert fed is None or found == fed
         assert 0.7 < found[0] * found[1] / scale**2 < 1.4
-        assert net(x).shape == (1, 5)
         assert net.plan(h, w) == native.plan(*found, scale=scale)
 
 

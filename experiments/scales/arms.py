@@ -84,7 +84,7 @@ ARMS: dict[str, Arm] = {
                   "b+bn": "recalibrated"},
     ),
     "single, lean's steps": Arm(
-        "(a) at equal epochs", scales="largest", rate_of="single", paces="lean",
+        "(a) at equal epochs", scales="largest", rate_of="single", paces="lean+small",
         readings={"a=epochs": "upsampled"},
     ),
     "c1": Arm(
@@ -208,9 +208,7 @@ ARMS: dict[str, Arm] = {
 }  # fmt: skip
 
 
-# With half the batch each of these has a rate of its own; others take that of their family.
-TUNED = {name: name for name in ("lean+small", "d3+small", "g+small")}
-TUNED |= dict.fromkeys(("own+small", "lean+small+kd"), "lean+small")
+TUNED = ("lean+small", "d3+small", "g+small")  # each has a rate of its own, with half the batch
 
 
 def _halved(name: str) -> Arm:
@@ -218,15 +216,16 @@ def _halved(name: str) -> Arm:
     arm = ARMS[name]
     return replace(
         arm, about=f"{arm.about}, batches of {BATCH // 2}", batch=BATCH // 2,
-        rate_of=TUNED.get(name, arm.rate_of) + HALF, paces=arm.paces and arm.paces + HALF,
+        rate_of=(name if name in TUNED else arm.rate_of) + HALF,
+        paces=arm.paces and arm.paces + HALF,
         readings={label + HALF: how for label, how in arm.readings.items()},
     )  # fmt: skip
 
 
 ARMS |= {
     name + HALF: _halved(name)
-    for name in ("single", "single, lean's steps", "c2", "c2, enlarged", "c2+small", "g", "g+small",
-                 "d3+small", "own+small", "lean+small", "lean+small+kd", "lean", "paper")
+    for name in ("single", "single, lean's steps", "c2", "g", "g+small", "d3+small", "lean+small",
+                 "paper")
 }  # fmt: skip
 
 # The comparisons that are made, arm - other, on the same images by the same seed.

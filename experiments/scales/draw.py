@@ -57,13 +57,12 @@ def draw(ledger: Ledger, page: Path) -> None:
     figures.mkdir(exist_ok=True)
     asked = []
     for ending, tier in TIERS.items():
-        mine, costs = under(runs, tier), under(trainings, tier)
-        diffs = tables.differences(under(pairs, tier))
+        mine, costs, both = (under(frame, tier) for frame in (runs, trainings, pairs))
+        diffs = tables.differences(both)
         asked.append(diffs.assign(tier=ending.strip("-")))
         for task, net in mine[["task", "net"]].drop_duplicates().itertuples(index=False):
             found = of_tier(mine, costs, diffs, task, net)
-            judged = tables.verdicts(mine, under(pairs, tier), task, net, CUTS[net])
-            found["verdict"] = markdown(judged)
+            found["verdict"] = markdown(tables.verdicts(mine, both, task, net, CUTS[net]))
             blocks |= {f"{name} {task}-{net}{ending}": text for name, text in found.items()}
             tested = tables.accuracy(mine)
             tested = tested[(tested["task"] == task) & (tested["net"] == net)]
@@ -74,7 +73,7 @@ def draw(ledger: Ledger, page: Path) -> None:
             save(pareto(tested), figures / f"{name}-pareto.png")
             if len(rows := against(diffs, task, net)):
                 save(forest(rows), figures / f"{name}-lean.png")
-        blocks[f"depth{ending}"] = markdown(tables.by_cut(under(pairs, tier), CUTS))
+        blocks[f"depth{ending}"] = markdown(tables.by_cut(both, CUTS))
         cuts = by_cut(mine, costs)
         if len(cuts):
             at = ["task", "net", "cut"]

@@ -222,7 +222,7 @@ class Bench:
         for group, mine in frame.groupby(list(GROUP)):
             task, net, _, budget, seed = group
             ours = dict(zip(mine["arm"], mine["key"], strict=True))
-            # beside networks at the usual cut, which for most makes no difference
+            # beside networks at the usual cut, most of which have no subnets that it could move
             at = (frame["task"] == task) & (frame["net"] == net) & (frame["seed"] == seed)
             home = frame[at & (frame["budget"] == budget) & (frame["cut"] == CUT)]
             others = {**dict(zip(home["arm"], home["key"], strict=True)), **ours}
