@@ -56,9 +56,9 @@ def test_a_killed_run_goes_on_and_everything_is_drawn_from_the_tables(tmp_path, 
     assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
 
     shutil.rmtree(tmp_path / "whole" / "runs")  # the tables are enough from here on
-    before = whole.ledger.path("runs").read_text()
+    before = [path.read_text() for path in whole.ledger.paths("runs")]
     whole.execute(short("lean"))
-    assert whole.ledger.path("runs").read_text() == before
+    assert [path.read_text() for path in whole.ledger.paths("runs")] == before
     page = tmp_path / "README.md"
     names = ("main glyphs-residual", "verdict glyphs-residual")
     page.write_text("".join(f"<!-- {n} -->\nold\n<!-- end {n} -->\n" for n in names))
@@ -158,6 +158,25 @@ def test_two_processes_share_the_runs_and_neither_loses_a_row(tmp_path):
         pool.starmap(_add, [(str(tmp_path), k) for k in (0, 1)])
     frame = Ledger(tmp_path).read("runs")
     assert sorted(frame["key"]) == sorted(f"{k}-{i}" for k in (0, 1) for i in range(40))
+
+
+def test_long_tables_are_kept_in_files_that_stay_small(tmp_path):
+    from experiments.scales.__main__ import HERE
+    from experiments.scales.ledger import Ledger
+
+    ledger = Ledger(tmp_path)
+    rows = [{"task": t, "net": "residual", "seed": s, "key": f"{t}{s}", "arm": "a", "view": "8"}
+            for s in (1, 0) for t in ("glyphs", "cifar10")]  # fmt: skip
+    ledger.add("runs", rows[:3])
+    ledger.add("runs", rows[3:])
+    names = [path.name for path in ledger.paths("runs")]
+    assert names == [f"{t}-residual-{s}.csv" for t in ("cifar10", "glyphs") for s in (0, 1)]
+    assert ledger.done() == {(row["key"], "a") for row in rows}
+    with pytest.raises(ValueError, match="several files"):
+        ledger.rewrite("runs", ledger.read("runs"))
+    kept = [path for path in HERE.rglob("*") if path.is_file()]
+    assert max(path.stat().st_size for path in kept) < 1_000_000
+    assert len(Ledger(HERE / "results", tmp_path / "lock").paths("runs")) > 5
 
 
 def _add(folder, k):

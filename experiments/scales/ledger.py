@@ -1,6 +1,7 @@
 """The tables that are kept: one row a reading and size, one a training, one a pair of arms.
 
-They are the point from which a later session goes on: a run whose rows are here is not run again.
+The two longest lie in a folder each, a file a task, backbone and seed, so that none gets too large
+to be kept with the code. They are the point from which a later session goes on: a run whose rows are here is not run again.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "splits": ("task", "net", "seed", "rule", "layer", "cka", "score", "place", "clear"),
 }  # fmt: skip
 RUNS = "runs"
+PARTED = (RUNS, "pairs")  # a folder of files
+PART = ("task", "net", "seed")  # what they are told apart by
 
 
 class Ledger:
@@ -49,38 +52,57 @@ class Ledger:
         folder.mkdir(parents=True, exist_ok=True)
         self.turn = FileLock(lock or folder / ".lock")
 
-    def path(self, name: str) -> Path:
-        """The file of a table."""
-        return self.folder / f"{name}.csv"
+    def paths(self, name: str) -> list[Path]:
+        """The files of a table that there are, in order."""
+        found = (self.folder / name).glob("*.csv") if name in PARTED else [self.path(name)]
+        return sorted(path for path in found if path.exists())
+
+    def path(self, name: str, row: Mapping[str, Any] | None = None) -> Path:
+        """The file of a table in which a row belongs."""
+        if name not in PARTED or row is None:
+            return self.folder / f"{name}.csv"
+        return self.folder / name / f"{'-'.join(str(row.get(c, '')) for c in PART)}.csv"
 
     def read(self, name: str) -> pd.DataFrame:
         """A table; empty where there is none yet."""
-        if not self.path(name).exists():
+        frames = [pd.read_csv(path, dtype={"view": str}) for path in self.paths(name)]
+        if not frames:
             return pd.DataFrame(columns=list(COLUMNS[name]))
-        frame: pd.DataFrame = pd.read_csv(self.path(name), dtype={"view": str})
-        return frame
+        return frames[0] if len(frames) == 1 else pd.concat(frames, ignore_index=True)
 
     def done(self) -> set[tuple[str, str]]:
         """What has rows: (key of the run, label of the reading)."""
-        frame = self.read("runs")
+        frame = self.read(RUNS)
         return set(zip(frame["key"], frame["arm"], strict=True))
 
     def add(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append rows, all or none: the file is replaced whole."""
+        """Append rows; those of one file all or none: it is replaced whole."""
+        parts: dict[Path, list[Mapping[str, Any]]] = {}
+        for row in rows:
+            parts.setdefault(self.path(name, row), []).append(row)
         with self.turn:
-            self._append(name, rows)
+            for path, part in parts.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._append(path, COLUMNS[name], part)
 
-    def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        old = self.path(name).read_text() if self.path(name).exists() else ""
-        with replacing(self.path(name)) as temporary, temporary.open("w", newline="") as file:
+    @staticmethod
+    def _append(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+        old = path.read_text() if path.exists() else ""
+        with replacing(path) as temporary, temporary.open("w", newline="") as file:
             file.write(old)
-            writer = csv.DictWriter(file, COLUMNS[name], lineterminator="\n")
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
             if not old:
                 writer.writeheader()
             writer.writerows(_short(rows))
 
     def rewrite(self, name: str, frame: pd.DataFrame) -> None:
-        """Replace a table."""
+        """Replace a table that is one file.
+
+        Raises:
+            ValueError: it is several.
+        """
+        if name in PARTED:
+            raise ValueError(f"{name} is kept in several files: add to it, or delete rows there")
         with replacing(self.path(name)) as temporary:
             frame.to_csv(temporary, index=False, lineterminator="\n")
 
