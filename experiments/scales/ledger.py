@@ -1,7 +1,8 @@
 """The tables that are kept: one row a reading and size, one a training, one a pair of arms.
 
 The two longest lie in a folder each, a file a task, backbone and seed, so that none gets too large
-to be kept with the code. They are the point from which a later session goes on: a run whose rows are here is not run again.
+to be kept with the code. They are the point from which a later session goes on: a run whose rows
+are here is not run again.
 """
 
 from __future__ import annotations

@@ -17,14 +17,14 @@ WIDER = 2  # how often a grid may grow at an end that is its best value
 DESIGN = "lean+small"  # what `lean` has become
 HEADLINE = (DESIGN, "d3+small", "single", "g+small", "paper", "c2", "d3", "lean")
 LEADING = (DESIGN, "d3+small", "single", "g+small", "c2", "paper")
-LONG = 4.0  # budget at which CIFAR-10 is tried again
-FIRST = (*HEADLINE, "g", "own+small", "c2+small", "d1", "c2, enlarged", "own", "paper, free",
-         "single, lean's steps", "lean+small+kd", "own, full", "own, shared bn", "d2", "c1",
-         "lean+kd", "d3+kd", "own+kd", "g+kd")  # fmt: skip
+LONG, FLAT = 4.0, 16.0  # budgets at which CIFAR-10 is tried again; the second for one network
+FACTORS = ("d1", "own+small", "c2, enlarged", "c2+small", "g", "d2", "c1", "own", "own, full",
+           "own, shared bn", "paper, free", "single, lean's steps", "lean+small+kd")  # fmt: skip
 TRIALS = ("lean+native", "lean+up", "d3+up", "lean+between", "d3+between", "g+between",
           "lean+always", "d3+always")  # fmt: skip
 LINE = ("line small", "line middle")
-ON_CIFAR = (*HEADLINE, *LINE, "d1", "g", "single, lean's steps")
+ON_CIFAR = ("d1", "g", "single, lean's steps", *LINE)
+PLACES = (("glyphs", "residual"), ("glyphs", "depthwise"), ("cifar10", "residual"))
 CUTS = {
     "residual": ("stem", "layer1", "layer2", "layer3"),
     "depthwise": ("stem", "layer1", "layer2", "layer3"),
@@ -126,72 +126,77 @@ def manifest() -> list[Run]:
 
 
 def _ordered() -> Iterator[Run]:
-    for arm in (*HEADLINE, *TRIALS[:7]):
+    """Glyphs, residual: all arms. Then what of it the other backbone and CIFAR-10 bear out."""
+    for arm in (*HEADLINE, *TRIALS):
         yield Run("glyphs", "residual", arm, 0)
     for arm in ("single", *LINE):
         for budget in (1.0, 2.0):
             yield Run("glyphs", "residual", arm, 0, budget)
-    yield from _cuts("glyphs", "residual", 0)
     for cut in ("layer2", "layer3"):
         yield Run("glyphs", "residual", "lean+last", 0, cut=cut)
-    for arm in ON_CIFAR[:8]:
-        yield Run("cifar10", "residual", arm, 0)
-    yield from _cuts("glyphs", "residual", 1)
-    for task, net in (("cifar10", "residual"), ("glyphs", "depthwise")):
+    for task, net in PLACES[:3]:
         yield from _cuts(task, net, 0)
-        yield Run(task, net, "d3+small", 0)
-    for arm in ("d3+small", "g+small"):
-        yield Run("glyphs", "residual", arm, 1)
-    for arm in ("own+small", "d1", "c2, enlarged", "c2+small"):
-        yield Run("glyphs", "residual", arm, 0)
-    yield from _cuts("glyphs", "residual", 2)
-    for seed in (1, 2):
-        for arm in HEADLINE[:6]:
-            yield Run("glyphs", "residual", arm, seed)
-    yield from _halves(0)
-    for arm in (*LEADING, "line small", "line middle"):
-        yield Run("cifar10", "residual", arm, 0, LONG)
-    yield Run("cifar10", "residual", DESIGN, 0, LONG, "layer2")
-    for seed in (1, 2):
+    for arm in HEADLINE:
+        yield Run("cifar10", "residual", arm, 0)
+    yield from _longer(0)
+    for seed in (0, 1, 2):
+        yield from _cuts("glyphs", "residual", seed)
         yield from _halves(seed)
-    for arm in FIRST[8:20]:
+        for arm in LEADING:
+            yield Run("glyphs", "residual", arm, seed)
+    for arm in FACTORS:
         yield Run("glyphs", "residual", arm, 0)
     for arm in HEADLINE:
         yield Run("glyphs", "depthwise", arm, 0)
+    yield Run("cifar10", "residual", "single", 0, FLAT)
+    for seed in (1, 2):
+        for task, net in PLACES[1:3]:
+            yield from _cuts(task, net, seed)
+            for arm in ("d3+small", "g+small", "c2"):
+                yield Run(task, net, arm, seed)
+    for arm in (*FACTORS[:7], *LINE):
+        yield Run("glyphs", "depthwise", arm, 0)
+    for seed in (1, 2):
+        yield from _longer(seed)
+        for arm in ("d3", *FACTORS[:7]):
+            yield Run("glyphs", "residual", arm, seed)
+    for seed in (3, 4):
+        for arm in LEADING[:4]:
+            yield Run("glyphs", "residual", arm, seed)
+        yield from _halves(seed, LEADING[:4])
     for arm in ON_CIFAR:
         yield Run("cifar10", "residual", arm, 0)
-    for arm in (*FIRST, *TRIALS):
-        yield Run("glyphs", "residual", arm, 0)
-    for seed in (1, 2):
-        for task, net in (("glyphs", "depthwise"), ("cifar10", "residual")):
-            yield from _cuts(task, net, seed)
-        for arm in HEADLINE:
-            yield Run("cifar10", "residual", arm, seed)
-            yield Run("glyphs", "depthwise", arm, seed)
-        yield Run("glyphs", "residual", "lean", seed)
-    for seed in (1, 2):
-        for arm in ON_CIFAR:
-            yield Run("cifar10", "residual", arm, seed)
-    for arm in (*FIRST, *LINE):
-        yield Run("glyphs", "depthwise", arm, 0)
+    yield from _cuts("cifar10", "depthwise", 0)
+    for arm in HEADLINE:
+        yield Run("cifar10", "depthwise", arm, 0)
     for seed in (3, 4):
-        yield from _halves(seed)
+        for arm in LEADING[4:]:
+            yield Run("glyphs", "residual", arm, seed)
+    for arm in FACTORS[7:]:
+        yield Run("glyphs", "depthwise", arm, 0)
+    for seed in (1, 2):
+        for arm in FACTORS:
+            yield Run("glyphs", "residual", arm, seed)
         for arm in HEADLINE:
-            yield Run("glyphs", "residual", arm, seed)
-    for seed in (0, 1, 2):
-        for arm in ON_CIFAR:
-            yield Run("cifar10", "depthwise", arm, seed)
+            yield Run("glyphs", "depthwise", arm, seed)
+        for arm in (*HEADLINE, *ON_CIFAR):
+            yield Run("cifar10", "residual", arm, seed)
         yield from _cuts("cifar10", "depthwise", seed)
-    for arm in FIRST:
-        for seed in (1, 2):
-            yield Run("glyphs", "residual", arm, seed)
 
 
-def _halves(seed: int) -> Iterator[Run]:
+def _longer(seed: int) -> Iterator[Run]:
+    """CIFAR-10 at a budget four times as large, as far as it can be paid for."""
+    arms = (*LEADING[:5], *LINE) if seed == 0 else LEADING[:5]
+    for arm in arms:
+        yield Run("cifar10", "residual", arm, seed, LONG)
+    yield Run("cifar10", "residual", DESIGN, seed, LONG, "layer2")
+
+
+def _halves(seed: int, arms: tuple[str, ...] = LEADING) -> Iterator[Run]:
     """The leading arms with batches of half the size, the design at its deeper cuts too."""
-    for arm in LEADING:
+    for arm in arms:
         yield Run("glyphs", "residual", arm + HALF, seed)
-    for cut in CUTS["residual"]:
+    for cut in CUTS["residual"][1:] if seed else CUTS["residual"]:
         yield Run("glyphs", "residual", DESIGN + HALF, seed, cut=cut)
     yield Run("glyphs", "residual", "single, lean's steps" + HALF, seed)
 
