@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from cka_probe.views import check_scales
+from cka_probe.scales import check_scales
 
 __all__ = ["made_plain"]
 

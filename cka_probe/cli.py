@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 from cka_probe import cli_commands
 from cka_probe.cli_checks import check_words
 from cka_probe.cli_output import explain
-from cka_probe.ranks import LostRankError, Ranks, launched, may_speak, started
+from cka_probe.link import LostRankError
+from cka_probe.ranks import Ranks, launched, may_speak, started
 from cka_probe.state import STATE
 
 PROG = "cka-probe"

@@ -26,9 +26,10 @@ from cka_probe.probe import probe
 from cka_probe.ranks import own_device
 from cka_probe.reading import shows
 from cka_probe.report import Report
+from cka_probe.scales import parse_scales
 from cka_probe.sketch import choose_size
 from cka_probe.sources import FEW, MIN_IMAGES, Named
-from cka_probe.views import parse_scales, scale_transforms
+from cka_probe.views import scale_transforms
 
 DEMO_SIDES = (8, 12, 16, 24, 32, 48, 64)
 KINDS = ("heatmap", "curve", "grid")

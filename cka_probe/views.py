@@ -6,7 +6,6 @@ A view never changes the tensor that it is given: all views of an image share on
 import contextlib
 import hashlib
 import random
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,14 +16,13 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import center_crop
 
 from cka_probe.decode import one_line
+from cka_probe.scales import check_scales, reference_of
 
-__all__ = ["NATIVE", "Transform", "View", "check_scales", "look", "parse_scales"]
-__all__ += ["resize", "scale_transforms", "seeded", "stack", "view_transforms"]
+__all__ = ["NATIVE", "Transform", "View", "look", "resize", "scale_transforms", "seeded", "stack",
+           "view_transforms"]  # fmt: skip
 
 Transform = Callable[[Tensor], Tensor]
 NATIVE = "native"
-_LARGEST_PX = 16384  # an image of 3 GiB
-_SIDES = "give sides in pixels, such as 32,64,128,224"
 
 
 @dataclass(frozen=True)
@@ -206,60 +204,6 @@ def stack(view: str, images: list[Tensor], ids: list[str]) -> Tensor:
     return torch.stack(images)
 
 
-def parse_scales(text: str) -> list[int]:
-    """Read the scales of a command line.
-
-    Args:
-        text: "32,64,128,224"; blanks around a number are fine.
-
-    Returns:
-        Sides in pixels, in the order given.
-
-    Raises:
-        ValueError: Not a number, not positive, given twice, or nothing there.
-    """
-    if not text.strip():
-        raise ValueError(f"no scales: {text!r}: {_SIDES}")
-    sides = []
-    for part in text.split(","):
-        if re.fullmatch(r"[+-]?[0-9]+", part.strip()) is None:
-            raise ValueError(f"bad scale: {part.strip()!r}: {_SIDES}")
-        sides.append(int(part))
-    return check_scales(sides)
-
-
-def check_scales(scales: Iterable[int]) -> list[int]:
-    """Refuse scales that name no view.
-
-    Args:
-        scales: Sides in pixels.
-
-    Returns:
-        The same as a list of plain ints.
-
-    Raises:
-        TypeError: Not a collection of whole numbers.
-        ValueError: Empty, not positive, or a duplicate.
-    """
-    if isinstance(scales, str) or not isinstance(scales, Iterable):
-        raise TypeError(f"scales is no list: {scales!r}: give a list such as [32, 64, 128, 224]")
-    sides: list[int] = []
-    for scale in scales:
-        if isinstance(scale, bool) or not hasattr(scale, "__index__"):
-            raise TypeError(f"bad scale: {scale!r}: {_SIDES}")
-        side_px = int(scale)
-        if side_px <= 0:
-            raise ValueError(f"bad scale: {side_px}: a side is at least 1 pixel")
-        if side_px > _LARGEST_PX:
-            raise ValueError(f"scale too large: {side_px}: give at most {_LARGEST_PX} pixels")
-        if side_px in sides:
-            raise ValueError(f"scale given twice: {side_px}: name each view once")
-        sides.append(side_px)
-    if not sides:
-        raise ValueError(f"no scales: {sides}: {_SIDES}, or None for the images as they are")
-    return sides
-
-
 def scale_transforms(
     scales: Iterable[int] | None,
     *,
@@ -296,20 +240,12 @@ def scale_transforms(
             raise ValueError("restore without scales: None: give scales= to resize down to")
         return {NATIVE: View(mean=means, std=stds)}
     sides = check_scales(scales)
-    top = max(sides) if reference is None else _reference(reference, sides)
+    top = max(sides) if reference is None else reference_of(reference, sides)
     if resize == "restore" and max(sides) > top:
         bad = f"{max(sides)} above {top}"
         raise ValueError(f"restore only goes up: {bad}: take the largest scale as the reference")
     back = top if resize == "restore" else None
     return {str(s): View(s, back, antialias, means, stds) for s in sides}
-
-
-def _reference(reference: int | str, sides: list[int]) -> int:
-    """The reference as one of the sides."""
-    if str(reference) not in {str(side) for side in sides}:
-        known = ", ".join(str(side) for side in sides)
-        raise ValueError(f"reference is not a scale: {str(reference)!r}: choose one of {known}")
-    return int(reference)
 
 
 def view_transforms(

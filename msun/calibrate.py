@@ -22,7 +22,7 @@ from cka_probe.images import order
 from cka_probe.layers import unwrap
 from cka_probe.models import LoadedModel
 from cka_probe.progress import progress_bar
-from cka_probe.views import check_scales
+from cka_probe.scales import check_scales
 from msun.agree import normalisation
 from msun.crops import Crops
 from msun.data import Labelled, open_labelled

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from cka_probe.cli import _joined, _Parser
 from cka_probe.cli_commands import version_line
 from cka_probe.cli_output import explain
-from cka_probe.ranks import LostRankError, may_speak
+from cka_probe.link import LostRankError
+from cka_probe.ranks import may_speak
 from msun import cli_build, cli_cuts, cli_demo, cli_eval, cli_suggest, cli_train
 
 PROG = "msun"

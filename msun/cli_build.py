@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cka_probe.models import parse_model_args
-from cka_probe.views import parse_scales
+from cka_probe.scales import parse_scales
 from msun.build import build
 from msun.checkpoint import save
 from msun.cli_options import add_model, load

@@ -19,7 +19,7 @@ from cka_probe.cli_commands import _numbers
 from cka_probe.cli_output import backend
 from cka_probe.models import LoadedModel
 from cka_probe.plot import save_figure
-from cka_probe.views import parse_scales
+from cka_probe.scales import parse_scales
 from msun import checkpoint
 from msun import plot as plots
 from msun.agree import open_tests

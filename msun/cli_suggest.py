@@ -18,7 +18,7 @@ from cka_probe.plot import save_figure
 from cka_probe.probe import REPORT, probe
 from cka_probe.provenance import model_sha256
 from cka_probe.report import Report
-from cka_probe.views import parse_scales
+from cka_probe.scales import parse_scales
 from msun.cli_options import add_model, load
 from msun.cut import Cut, example_images, find_cuts
 from msun.heads import subnet_costs

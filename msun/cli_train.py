@@ -10,7 +10,7 @@ import torch
 from cka_probe import glyphs
 from cka_probe.cli_commands import _images, _numbers
 from cka_probe.probe import probe
-from cka_probe.views import parse_scales
+from cka_probe.scales import parse_scales
 from msun.cli_build import add_building, build_network
 from msun.cli_options import add_model, load
 from msun.cut import example_images, find_cuts

@@ -20,7 +20,8 @@ from cka_probe.images import MIN_IMAGES, order, plan
 from cka_probe.kernels import NonFiniteFeaturesError
 from cka_probe.models import LoadedModel
 from cka_probe.progress import progress_bar
-from cka_probe.views import check_scales, resize
+from cka_probe.scales import check_scales
+from cka_probe.views import resize
 from msun.agree import Feed, feeding, normalisation, open_tests, reference_of, rows_for
 from msun.crops import Crops
 from msun.data import Labelled

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from cka_probe import probe, ranks, row_file, state
+from cka_probe import link, probe, ranks, row_file, state
 from cka_probe.cli import main
 
 HERE = Path(__file__).resolve().parent
@@ -132,7 +132,7 @@ def work(job, rank):
     state.SAVE_EVERY_S = job.get("save_every_s", 1e9)
     state._SHARE = 0
     if job["size"] > 1:
-        ranks.SILENCE_S, ranks.BEAT_S = 1.5, 0.2
+        link.SILENCE_S, link.BEAT_S = 1.5, 0.2
     arrange(job.get("faults", []), rank)
     if "cli" in job:
         for name, number in (("out", 1), ("err", 2)):

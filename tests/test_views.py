@@ -9,9 +9,7 @@ from torchvision.transforms import v2
 
 from cka_probe.views import (
     View,
-    check_scales,
     look,
-    parse_scales,
     scale_transforms,
     seeded,
     stack,
@@ -170,43 +168,6 @@ def test_normalisation_fits_the_channels():
     assert torch.equal(View(mean=(0.5,), std=(0.25,))(grey), (grey - 0.5) / 0.25)
     with pytest.raises(ValueError, match=r"do not fit the images: 3 for 1 channels: give one"):
         View(mean=MEAN, std=STD)(grey)
-
-
-@pytest.mark.parametrize(
-    ("text", "sides"),
-    [("32", [32]), ("32,64", [32, 64]), (" 224 , 32", [224, 32]), ("+8", [8])],
-)
-def test_scales_of_a_command_line(text, sides):
-    assert parse_scales(text) == sides
-
-
-@pytest.mark.parametrize(
-    ("text", "what"),
-    [
-        ("banana", "bad scale: 'banana': give sides in pixels"),
-        ("-4", "bad scale: -4: "),
-        ("0", "bad scale: 0: "),
-        ("32,0", "bad scale: 0: "),
-        ("32,32", "scale given twice: 32: "),
-        ("", "no scales: '': "),
-        (" ", "no scales: ' ': "),
-        ("32,,64", "bad scale: '': "),
-        ("32;64", "bad scale: '32;64': "),
-        ("3_2", "bad scale: '3_2': "),
-        ("32.0", "bad scale: '32.0': "),
-        ("1e2", "bad scale: '1e2': "),
-    ],
-)
-def test_bad_scales_of_a_command_line(text, what):
-    with pytest.raises(ValueError, match=f"^{what}") as caught:
-        parse_scales(text)
-    assert str(caught.value).count(": ") == 2
-
-
-@pytest.mark.parametrize("scales", [32, "32", [32.0], ["32"], [True], [None]])
-def test_scales_that_are_no_whole_numbers(scales):
-    with pytest.raises(TypeError, match=r"^(bad scale|scales is no list): .*: give"):
-        check_scales(scales)
 
 
 def test_views_of_the_user():
