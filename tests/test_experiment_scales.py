@@ -239,6 +239,28 @@ def test_every_comparison_names_arms_and_no_run_comes_twice():
     assert len(keys) == len(set(keys))
 
 
+def test_the_manifest_holds_what_the_protocol_asks():
+    from experiments.scales.manifest import CUT, CUTS, DESIGN, manifest
+
+    runs = [run for run in manifest() if run.budget == 1 and run.lr is None]
+
+    def seeds(task, net, arm, cut=CUT):
+        where = (task, net, arm, cut)
+        return {run.seed for run in runs if (run.task, run.net, run.arm, run.cut) == where}
+
+    arms = ("single", "c1", "c2", "d1", "d2", "d3", "g", "paper", "lean", DESIGN, "own+small",
+            "c2+small", "own, full", "paper, free", "line small", "line middle")  # fmt: skip
+    for net in CUTS:
+        assert all(0 in seeds("glyphs", net, arm) for arm in arms)
+    leading = (DESIGN, "d3+small", "g+small", "single", "c2", "paper")
+    assert all(len(seeds("glyphs", "residual", arm)) >= 5 for arm in leading)
+    rest = ("c1", "d1", "d2", "d3", "g", "own+small", "c2+small")
+    assert all(len(seeds("glyphs", "residual", arm)) >= 3 for arm in rest)
+    for net, task in (("residual", "cifar10"), ("depthwise", "glyphs"), ("residual", "glyphs")):
+        assert all(len(seeds(task, net, arm)) >= 3 for arm in leading)
+        assert all(len(seeds(task, net, DESIGN, cut)) >= 3 for cut in CUTS[net])
+
+
 def test_a_run_at_another_cut_is_paired_with_rivals_of_its_budget_at_the_usual_one(tmp_path):
     from experiments.scales.execute import predictions
     from experiments.scales.manifest import Run

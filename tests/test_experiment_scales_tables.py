@@ -151,3 +151,24 @@ def test_a_tier_reads_as_the_first_and_mixes_with_none():
     half, whole = ARMS["lean+small" + HALF], ARMS["lean+small"]
     assert (2 * half.batch, half.choices) == (whole.batch, whole.choices)
     assert half.rate_of in ARMS
+
+
+def test_the_reference_line_is_shown_at_its_own_size_and_every_budget():
+    import pandas as pd
+
+    from experiments.scales.tables import flatness
+
+    rows = [("single", "a", 1, "8", 0.1), ("single", "a", 1, "56", 0.9),
+            ("single", "a", 16, "8", 0.2), ("single", "a", 16, "56", 0.95),
+            ("single", "b", 16, "56", 0.5), ("line small", "line small", 1, "8", 0.7),
+            ("lean", "lean", 1, "56", 0.6)]  # fmt: skip
+    runs = pd.DataFrame([
+        {"task": "t", "net": "n", "cut": "layer1", "split": "test", "run": run, "arm": arm,
+         "budget": float(budget), "view": view, "top1": top1, "key": f"{run} {budget}"}
+        for run, arm, budget, view, top1 in rows
+    ])  # fmt: skip
+    got = flatness(runs).set_index("view")
+    assert got.loc["56", ["budget x1", "budget x16"]].tolist() == [90.0, 95.0]
+    assert got.loc["8", "budget x1"] == 70.0
+    assert set(got.index) == {"8", "56"}
+    assert np.isnan(got.loc["8", "budget x16"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from experiments.scales.arms import ARMS, HALF, PAIRS
-from experiments.scales.manifest import CUT, DESIGN, LINE, LONG
+from experiments.scales.manifest import CUT, DESIGN, FLAT, LINE, LONG
 from experiments.scales.stats import holm, interval
 
 __all__ = ["LABELS", "accuracy", "differences", "flatness", "halved", "main_table", "rates_table",
@@ -146,7 +146,7 @@ def halved(pairs: pd.DataFrame) -> pd.DataFrame:
 def flatness(runs: pd.DataFrame) -> pd.DataFrame:
     """The reference line at one budget and at more: top-1 at each network's own size."""
     kept = runs[(runs["split"] == "test") & (runs["cut"] == CUT)]
-    kept = kept[kept["run"].isin(["single", *LINE]) & kept["budget"].isin([1.0, 2.0, LONG])]
+    kept = kept[kept["run"].isin(["single", *LINE]) & kept["budget"].isin([1.0, 2.0, LONG, FLAT])]
     own = kept["arm"].isin(["a", *LINE]) & (kept["view"] != "mixed")
     kept = kept[own].copy()
     sides = kept["view"].astype(int)
