@@ -134,7 +134,7 @@ def test_a_rate_is_chosen_inside_its_grid_or_the_grid_grows():
     from experiments.scales.manifest import WIDER, rate_runs, rates
 
     def asked(known):
-        return [run.lr for run in rate_runs("glyphs", "residual", "g", known)]
+        return [run.lr for run in rate_runs("glyphs", "residual", "g", 0.25, known)]
 
     low, mid, high = rates(ARMS["g"])
     assert asked({}) == [low, mid, high]
@@ -147,6 +147,40 @@ def test_a_rate_is_chosen_inside_its_grid_or_the_grid_grows():
         known[lr] = 0.4 + k / 10
     assert asked(known) == []  # grown enough: the page names it
     assert asked({low: 0.1, mid: 0.2, high: 0.3}) == [2 * high]
+
+
+def test_later_tiers_tune_their_leading_arms_with_all_that_they_have():
+    from experiments.scales.manifest import LONG, rate_runs, tuning
+
+    assert tuning("lean+small") == tuning("d3") == ("g", 0.25)
+    assert tuning("paper") == ("paper", 0.5)
+    assert tuning("lean+small @16") == ("lean+small @16", 1.0)
+    assert tuning("g @16") == ("g @16", 0.25)
+    assert tuning("lean+small", LONG) == tuning("lean+small", 4 * LONG) == ("lean+small", LONG)
+    assert tuning("line small", LONG) == ("single", LONG)
+    assert tuning("paper", LONG) == ("paper", 0.5)
+    asked = rate_runs("cifar10", "residual", *tuning("d3+small", LONG), {})
+    assert {(run.arm, run.budget, run.tested) for run in asked} == {("d3+small", LONG, False)}
+
+
+def test_a_network_that_chose_its_rate_is_not_trained_again(tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    import experiments.scales.manifest as plan
+    from experiments.scales.manifest import Run
+
+    monkeypatch.setattr(plan, "RATES", (0.3,))  # of three scales: one rate, .1, which is an end
+    monkeypatch.setattr(plan, "WIDER", 0)
+    here, run = bench(tmp_path), Run("glyphs", "residual", "lean+small @16", 0, tested=False)
+    (trial,) = here.needs(run)
+    here.execute(trial)
+    assert trial == replace(run, lr=0.05)
+    monkeypatch.setattr("experiments.scales.execute.train", None)  # no training from here on
+    here.execute(run)
+    runs = here.ledger.read("runs").set_index("key")["top1"]
+    assert runs[run.key].tolist() == runs[trial.key].tolist()
+    spent = here.ledger.read("trainings").set_index("key")["core_s"]
+    assert spent[run.key] == spent[trial.key]
 
 
 def test_two_processes_share_the_runs_and_neither_loses_a_row(tmp_path):

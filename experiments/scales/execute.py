@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from torch import nn
 
 from experiments.scales.arms import ARMS, PAIRS, made
 from experiments.scales.ledger import Ledger
-from experiments.scales.manifest import CUT, UNIT, Run, rate_budget, rate_runs
+from experiments.scales.manifest import CUT, UNIT, Run, rate_runs, tuning
 from experiments.scales.split import choices
 from experiments.scales.stats import paired
 from experiments.scales.tasks import Held, Task, held
@@ -76,7 +78,7 @@ class Bench:
         """What must run before, for its learning rate."""
         if run.lr is not None:
             return []
-        return rate_runs(run.task, run.net, run.spec.rate_of, self._tuned(run))
+        return rate_runs(run.task, run.net, *tuning(run.arm, run.budget), self._tuned(run))
 
     def rate(self, run: Run) -> float:
         """The learning rate: the run's own, else the best of its family's on validation.
@@ -87,19 +89,20 @@ class Bench:
         if run.lr is not None:
             return run.lr
         if self.needs(run):
-            raise ValueError(f"no learning rate yet for the family {run.spec.rate_of!r}: run first "
+            family, _ = tuning(run.arm, run.budget)
+            raise ValueError(f"no learning rate yet for the family {family!r}: run first "
                              f"{', '.join(one.key for one in self.needs(run))}")  # fmt: skip
         known = self._tuned(run)
         return max(known, key=lambda lr: known[lr])
 
     def _tuned(self, run: Run) -> dict[float, float]:
         """Learning rate -> mean accuracy over sizes on validation, of the run's family."""
-        family, frame = run.spec.rate_of, self.ledger.read("runs")
+        (family, budget), frame = tuning(run.arm, run.budget), self.ledger.read("runs")
         label = next(iter(ARMS[family].readings))
         mine = frame[
             (frame["task"] == run.task) & (frame["net"] == run.net) & (frame["run"] == family)
             & (frame["arm"] == label) & (frame["split"] == "val") & (frame["seed"] == 0)
-            & (frame["budget"] == rate_budget(family)) & frame["key"].str.contains("_lr")
+            & (frame["budget"] == budget) & frame["key"].str.contains("_lr")
         ]  # fmt: skip
         return {float(lr): float(x) for lr, x in mine.groupby("lr")["top1"].mean().items()}
 
@@ -110,16 +113,10 @@ class Bench:
             return
         task, arm, lr = self.tasks[run.task], run.spec, self.rate(run)
         folder = self.work / "runs" / run.key
-        net = made(arm, task, run.net, at=run.cut, seed=run.seed)
         steps = steps_of(run, task, unit=self.unit)
         began = time.process_time()
         images = self.images(task, "train")
-        if self._kept(run, lr):
-            net.load_state_dict(weights(folder / "model.pt"))
-        else:
-            self.say(f"{run.key}: {steps} steps at lr {lr:g}")
-            net = self._trained(run, net, images, steps, lr)
-        spent = time.process_time() - began
+        net, spent = self._network(run, images, steps, lr)
         rows = self._measured(run, task, labels, net, folder, lr)
         if run.key not in set(self.ledger.read("trainings")["key"]):
             row = {
@@ -137,14 +134,34 @@ class Bench:
             self.ledger.add("splits", choices(run, task, images, folder / "model.pt"))
         took = time.process_time() - began
         seen = [r["top1"] for r in rows if r["arm"] == labels[0]]
-        self.say(f"{run.key}: {took:.0f} core s, {spent:.0f} of them training, "
+        self.say(f"{run.key}: {took:.0f} core s now, training took {spent:.0f}, "
                  f"mean {100 * float(np.mean(seen)):.2f}")  # fmt: skip
 
-    def _kept(self, run: Run, lr: float) -> bool:
-        """Whether the network is here, as the ledger says that it was trained."""
+    def _network(self, run: Run, images: Held, steps: int, lr: float) -> tuple[MSUN, float]:
+        """The trained network, and the core seconds of its training; made anew if need be."""
+        net = made(run.spec, self.tasks[run.task], run.net, at=run.cut, seed=run.seed)
+        folder = self.work / "runs" / run.key
+        # the run that chose this rate, where it had the whole budget, is the same training
+        trial = self.work / "runs" / replace(run, lr=lr).key
+        for kept in (folder, trial):
+            spent = self._spent(kept, lr)
+            if spent is not None:
+                if kept != folder:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    for name in ("model.pt", "metrics.csv"):
+                        shutil.copy2(kept / name, folder / name)
+                net.load_state_dict(weights(folder / "model.pt"))
+                return net, spent
+        self.say(f"{run.key}: {steps} steps at lr {lr:g}")
+        began = time.process_time()
+        return self._trained(run, net, images, steps, lr), time.process_time() - began
+
+    def _spent(self, folder: Path, lr: float) -> float | None:
+        """Core seconds of a training that is in the ledger and whose network is here, else None."""
         frame = self.ledger.read("trainings")
-        mine = frame[(frame["key"] == run.key) & np.isclose(frame["lr"].astype(float), lr)]
-        return len(mine) > 0 and (self.work / "runs" / run.key / "model.pt").exists()
+        mine = frame[(frame["key"] == folder.name) & np.isclose(frame["lr"].astype(float), lr)]
+        here = len(mine) > 0 and (folder / "model.pt").exists()
+        return float(mine["core_s"].iloc[0]) if here else None
 
     def _trained(self, run: Run, net: MSUN, images: Held, steps: int, lr: float) -> MSUN:
         """The network after its training; at chance where that diverged at a rate on trial."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from experiments.scales.arms import ARMS, BATCH, HALF, TUNED, Arm
 
-__all__ = ["CUT", "RATES", "Run", "manifest", "rate_budget", "rate_runs", "rates"]
+__all__ = ["CUT", "RATES", "Run", "manifest", "rate_runs", "rates", "tuning"]
 
 CUT = "layer1"  # stem and first stage, as the paper cuts ResNet-50
 UNIT = 240_000  # images of the single-scale network: a budget of 1, 12 epochs of 20,000
@@ -84,24 +84,38 @@ def rates(arm: Arm) -> tuple[float, ...]:
     return tuple(round(lr * share, 5) for lr in RATES)
 
 
-def rate_budget(family: str) -> float:
-    """Budget of the runs that choose a rate.
+def tuning(arm: str, budget: float = 1.0) -> tuple[str, float]:
+    """The arm that is tuned in an arm's place, and the budget of the runs that choose the rate.
 
-    In a quarter of it `paper` does not leave chance; and it chose .05 for `lean` with half the
-    batch, where the whole one prefers .025 by 0.7 points, so that tier's leading arms have it all.
+    A rate chosen in a quarter of the budget is not that of the whole, let alone of four times as
+    much: `paper` does not leave chance in a quarter; with half the batch it chose .05 for `lean`,
+    where the whole budget prefers .025 by 0.7 points. So the leading arms of the later tiers are
+    tuned each on its own, with all that the tier has.
+
+    Args:
+        arm: which.
+        budget: of the run that wants a rate.
     """
+    family = ARMS[arm].rate_of
+    if budget >= LONG:
+        for name in (arm, family):
+            if name in LEADING[:5]:
+                return name, LONG
     if family.endswith(HALF) and family.removesuffix(HALF) in TUNED:
-        return 1.0
-    return 0.5 if family.removesuffix(HALF) == "paper" else RATE_BUDGET
+        return family, 1.0
+    return family, 0.5 if family.removesuffix(HALF) == "paper" else RATE_BUDGET
 
 
-def rate_runs(task: str, net: str, family: str, known: Mapping[float, float]) -> list[Run]:
+def rate_runs(
+    task: str, net: str, family: str, budget: float, known: Mapping[float, float]
+) -> list[Run]:
     """The runs that are still to be made to choose a family's learning rate on validation.
 
     Args:
         task: of the runs.
         net: likewise.
         family: arm that is tuned for all that take its rate.
+        budget: of the runs.
         known: accuracy by learning rate, so far.
 
     Returns:
@@ -116,7 +130,6 @@ def rate_runs(task: str, net: str, family: str, known: Mapping[float, float]) ->
             wanted = [round(best / 2, 5)]
         elif best == tried[-1] and sum(lr > grid[-1] for lr in tried) < WIDER:
             wanted = [round(best * 2, 5)]
-    budget = rate_budget(family)
     return [Run(task, net, family, 0, budget, lr=lr, tested=False) for lr in wanted]
 
 
