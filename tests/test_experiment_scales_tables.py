@@ -172,3 +172,26 @@ def test_the_reference_line_is_shown_at_its_own_size_and_every_budget():
     assert got.loc["8", "budget x1"] == 70.0
     assert set(got.index) == {"8", "56"}
     assert np.isnan(got.loc["8", "budget x16"])
+
+
+def test_a_glance_tells_tiers_cuts_and_seeds_apart():
+    import pandas as pd
+
+    from experiments.scales.glance import glance
+
+    lean = "lean+small, served"
+    said = [(lean, "layer1", 1, 0, 0.5), (lean, "layer1", 1, 1, 0.7), (lean, "layer2", 1, 0, 0.8),
+            (f"{lean} @16", "layer1", 1, 0, 0.9), ("a", "layer1", 4, 0, 0.4)]  # fmt: skip
+    runs = pd.DataFrame([
+        {"task": "t", "net": "n", "cut": cut, "split": "test", "run": arm, "arm": arm, "seed": seed,
+         "budget": float(budget), "view": view, "top1": top1 + shift, "mmacs": 2.0}
+        for arm, cut, budget, seed, top1 in said for view, shift in (("8", -0.1), ("56", 0.1))
+    ])  # fmt: skip
+    got = glance(runs).set_index("")
+    assert got.loc["`lean`, cut after layer1"].to_dict() == {
+        "t, n": "60.0 / 2.00 / 2", "t, n, half the batch": "90.0 / 2.00 / 1",
+        "t, n, budget x4": "",
+    }  # fmt: skip
+    assert got.loc["`lean`, cut after layer2", "t, n"] == "80.0 / 2.00 / 1"
+    assert got.loc["one scale, enlarged (a)", "t, n, budget x4"] == "40.0 / 2.00 / 1"
+    assert len(got) == 3

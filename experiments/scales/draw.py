@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from experiments.scales import latency, tables, why
+from experiments.scales.glance import glance
 from experiments.scales.ledger import Ledger
 from experiments.scales.manifest import CUTS, LINE
 from experiments.scales.split import by_cut, picks, regrets
@@ -83,6 +84,7 @@ def draw(ledger: Ledger, page: Path) -> None:
             save(by_depth(cuts, said), figures / f"cuts{ending}.png")
     full = [table for table in asked if len(table)] or asked[:1]
     ledger.rewrite("differences", pd.concat(full).round(4))
+    blocks["glance"] = markdown(glance(runs))
     blocks["halved"] = markdown(tables.halved(pairs))
     blocks["flat"] = markdown(tables.flatness(runs))
     blocks["rates"] = markdown(tables.rates_table(runs))
