@@ -221,9 +221,9 @@ def _rows(run):
     """Rows as of a run; the middle rate is best."""
     best = {0.05: 0.9, 0.15: 0.9}.get(run.lr, 0.5)
     return [
-        {"task": run.task, "net": run.net, "run": run.arm, "seed": run.seed, "budget": run.budget,
-         "lr": run.lr or 0.05, "split": "val", "view": "8", "arm": label, "top1": best,
-         "key": run.key}
+        {"task": run.task, "net": run.net, "cut": run.cut, "run": run.arm, "seed": run.seed,
+         "budget": run.budget, "lr": run.lr or 0.05, "split": "val", "view": "8", "arm": label,
+         "top1": best, "key": run.key}
         for label in run.readings
     ]  # fmt: skip
 

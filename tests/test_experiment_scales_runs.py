@@ -35,8 +35,17 @@ def test_later_tiers_tune_their_leading_arms_with_all_that_they_have():
     assert tuning("lean+small", LONG) == tuning("lean+small", 4 * LONG) == ("lean+small", LONG)
     assert tuning("line small", LONG) == ("single", LONG)
     assert tuning("paper", LONG) == ("paper", 0.5)
+    assert tuning("d3+small", net="depthwise") == ("d3+small", 1.0)
+    assert tuning("d1", net="depthwise") == ("g", 0.25)
     asked = rate_runs("cifar10", "residual", *tuning("d3+small", LONG), {})
     assert {(run.arm, run.budget, run.tested) for run in asked} == {("d3+small", LONG, False)}
+    assert [run.lr for run in asked] == [0.025, 0.05]
+
+    def then(known):
+        return [run.lr for run in rate_runs("cifar10", "residual", "d3+small", LONG, known)]
+
+    assert then({0.00625: 0.5, 0.025: 0.7, 0.05: 0.6}) == []  # as it was tried below the grid
+    assert then({0.025: 0.6, 0.05: 0.7}) == [0.1]
 
 
 def test_every_comparison_names_arms_and_no_run_comes_twice():

@@ -78,7 +78,7 @@ class Bench:
         """What must run before, for its learning rate."""
         if run.lr is not None:
             return []
-        return rate_runs(run.task, run.net, *tuning(run.arm, run.budget), self._tuned(run))
+        return rate_runs(run.task, run.net, *self._family(run), self._tuned(run))
 
     def rate(self, run: Run) -> float:
         """The learning rate: the run's own, else the best of its family's on validation.
@@ -89,20 +89,22 @@ class Bench:
         if run.lr is not None:
             return run.lr
         if self.needs(run):
-            family, _ = tuning(run.arm, run.budget)
-            raise ValueError(f"no learning rate yet for the family {family!r}: run first "
-                             f"{', '.join(one.key for one in self.needs(run))}")  # fmt: skip
+            missing = ", ".join(one.key for one in self.needs(run))
+            raise ValueError(f"no learning rate yet: {self._family(run)[0]!r}: run first {missing}")
         known = self._tuned(run)
         return max(known, key=lambda lr: known[lr])
 
+    def _family(self, run: Run) -> tuple[str, float]:
+        return tuning(run.arm, run.budget, run.net)
+
     def _tuned(self, run: Run) -> dict[float, float]:
         """Learning rate -> mean accuracy over sizes on validation, of the run's family."""
-        (family, budget), frame = tuning(run.arm, run.budget), self.ledger.read("runs")
+        (family, budget), frame = self._family(run), self.ledger.read("runs")
         label = next(iter(ARMS[family].readings))
         mine = frame[
             (frame["task"] == run.task) & (frame["net"] == run.net) & (frame["run"] == family)
             & (frame["arm"] == label) & (frame["split"] == "val") & (frame["seed"] == 0)
-            & (frame["budget"] == budget) & frame["key"].str.contains("_lr")
+            & (frame["budget"] == budget) & (frame["cut"] == CUT)
         ]  # fmt: skip
         return {float(lr): float(x) for lr, x in mine.groupby("lr")["top1"].mean().items()}
 
