@@ -202,8 +202,9 @@ def test_rates_are_told_by_trials_and_by_the_tested_run_of_the_same_budget():
 
     from experiments.scales.tables import rates_table
 
-    rows = [("x_lr0.1", 0, 1, 0.1, "g", 0.6), ("x", 0, 1, 0.2, "g", 0.7), ("y", 1, 1, 0.2, "g", 0.1),
-            ("z", 0, 4, 0.2, "g", 0.1), ("x", 0, 1, 0.2, "g, fed", 0.1)]  # fmt: skip
+    rows = [("x_lr0.1", 0, 1, 0.1, "g", 0.6), ("x", 0, 1, 0.2, "g", 0.7),
+            ("y", 1, 1, 0.2, "g", 0.1), ("z", 0, 4, 0.2, "g", 0.1),
+            ("x", 0, 1, 0.2, "g, fed", 0.1)]  # fmt: skip
     runs = pd.DataFrame([
         {"task": "t", "net": "n", "cut": "layer1", "split": "val", "run": "g", "arm": arm,
          "seed": seed, "budget": float(budget), "lr": lr, "top1": top1 + shift, "key": key}
