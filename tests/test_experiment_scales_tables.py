@@ -211,3 +211,21 @@ def test_rates_are_told_by_trials_and_by_the_tested_run_of_the_same_budget():
         for key, seed, budget, lr, arm, top1 in rows for shift in (-0.1, 0.1)
     ])  # fmt: skip
     assert rates_table(runs)[["lr", "top1"]].to_numpy().tolist() == [[0.1, 60.0], [0.2, 70.0]]
+
+
+def test_accuracy_by_cut_counts_a_seed_once_however_many_rates_it_tried():
+    import pandas as pd
+
+    from experiments.scales.split import by_cut
+
+    base = {"task": "t", "net": "n", "cut": "layer1", "budget": 1.0, "run": "lean+small"}
+    runs = pd.DataFrame([
+        {**base, "seed": seed, "arm": "lean+small, served", "split": "test", "view": view,
+         "top1": top1, "mmacs": 1.0, "key": f"s{seed}"}
+        for seed, top1 in ((0, 0.5), (1, 0.9)) for view in ("8", "56")
+    ])  # fmt: skip
+    trainings = pd.DataFrame([
+        {**base, "seed": seed, "params": 9, "key": key}
+        for seed, key in ((0, "s0"), (0, "s0_lr0.1"), (0, "s0_lr0.2"), (1, "s1"))
+    ])  # fmt: skip
+    assert sorted(by_cut(runs, trainings)["top1"]) == [50.0, 90.0]

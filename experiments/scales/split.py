@@ -84,8 +84,9 @@ def by_cut(runs: pd.DataFrame, trainings: pd.DataFrame) -> pd.DataFrame:
         )
     found = pd.concat(frames)
     lean = trainings[(trainings["run"] == DESIGN) & (trainings["budget"] == 1)]
-    named = lean[["task", "net", "seed", "cut", "params"]]
-    found = found.merge(named, on=["task", "net", "seed", "cut"])
+    at = ["task", "net", "seed", "cut"]
+    named = lean[[*at, "params"]].drop_duplicates(at)  # runs that chose a rate are of them, too
+    found = found.merge(named, on=at)
     return found.drop(columns=["arm", "view"])
 
 
