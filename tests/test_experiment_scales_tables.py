@@ -203,14 +203,15 @@ def test_rates_are_told_by_trials_and_by_the_tested_run_of_the_same_budget():
     from experiments.scales.tables import rates_table
 
     rows = [("x_lr0.1", 0, 1, 0.1, "g", 0.6), ("x", 0, 1, 0.2, "g", 0.7),
-            ("y", 1, 1, 0.2, "g", 0.1), ("z", 0, 4, 0.2, "g", 0.1),
+            ("y", 1, 1, 0.2, "g", 0.3), ("z", 0, 4, 0.2, "g", 0.1),
             ("x", 0, 1, 0.2, "g, fed", 0.1)]  # fmt: skip
     runs = pd.DataFrame([
         {"task": "t", "net": "n", "cut": "layer1", "split": "val", "run": "g", "arm": arm,
          "seed": seed, "budget": float(budget), "lr": lr, "top1": top1 + shift, "key": key}
         for key, seed, budget, lr, arm, top1 in rows for shift in (-0.1, 0.1)
     ])  # fmt: skip
-    assert rates_table(runs)[["lr", "top1"]].to_numpy().tolist() == [[0.1, 60.0], [0.2, 70.0]]
+    got = rates_table(runs)[["lr", "top1", "all seeds", "seeds"]].to_numpy().tolist()
+    assert got == [[0.1, 60.0, 60.0, 1], [0.2, 70.0, 50.0, 2]]
 
 
 def test_accuracy_by_cut_counts_a_seed_once_however_many_rates_it_tried():
