@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-__all__ = ["check_scales", "parse_scales", "reference_of"]
+__all__ = ["check_reference", "check_scales", "parse_scales"]
 
 _LARGEST_PX = 16384  # an image of 3 GiB
 _SIDES = "give sides in pixels, such as 32,64,128,224"
@@ -63,7 +63,7 @@ def check_scales(scales: Iterable[int]) -> list[int]:
     return sides
 
 
-def reference_of(reference: int | str, sides: list[int]) -> int:
+def check_reference(reference: int | str, sides: list[int]) -> int:
     """The reference as one of the sides.
 
     Raises:

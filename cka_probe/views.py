@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import center_crop
 
 from cka_probe.decode import one_line
-from cka_probe.scales import check_scales, reference_of
+from cka_probe.scales import check_reference, check_scales
 
 __all__ = ["NATIVE", "Transform", "View", "look", "resize", "scale_transforms", "seeded", "stack",
            "view_transforms"]  # fmt: skip
@@ -240,7 +240,7 @@ def scale_transforms(
             raise ValueError("restore without scales: None: give scales= to resize down to")
         return {NATIVE: View(mean=means, std=stds)}
     sides = check_scales(scales)
-    top = max(sides) if reference is None else reference_of(reference, sides)
+    top = max(sides) if reference is None else check_reference(reference, sides)
     if resize == "restore" and max(sides) > top:
         bad = f"{max(sides)} above {top}"
         raise ValueError(f"restore only goes up: {bad}: take the largest scale as the reference")

@@ -95,15 +95,14 @@ def evaluate(
         progress: show progress bars.
 
     Returns:
-        One row a size, in the order given: size_px; fed_px, the side that the network was given
-        (an MSUN may resize it again, see `Policy.inputs`); n; top1, top5,
-        shares from 0 to 1, each with _low and _high, 95 % Wilson intervals (top-5 is nan for
-        fewer than 5 classes); gmacs for one image, convolutions and linear layers; params_m, all
-        parameters in millions; latency_ms_1 and latency_ms_64, milliseconds for a batch of 1 and
-        of 64 on this machine, median; cka, unbiased minibatch CKA of the features with those at
-        the reference, with cka_low and cka_high (95 %, nan for a single batch; cka is nan where
-        features do not vary or there are fewer than 4 images). The mixed row has no size_px, and
-        means of fed_px and gmacs. `attrs` says what the features are.
+        One row a size, in the order given: size_px; fed_px, the side that the network was given (an
+        MSUN may resize it again, see `Policy.inputs`); n; top1, top5, shares from 0 to 1, each with
+        _low and _high, 95 % Wilson intervals (top-5 is nan for fewer than 5 classes); gmacs for one
+        image, convolutions and linear layers; params_m, parameters in millions; latency_ms_1 and
+        latency_ms_64, median milliseconds for a batch of 1 and of 64; cka, unbiased minibatch CKA
+        of the features with those at the reference, with cka_low and cka_high (95 %, nan for a
+        single batch; cka is nan where features do not vary or there are fewer than 4 images). The
+        mixed row has no size_px, and means of fed_px and gmacs. `attrs` says what the features are.
 
     Raises:
         ImageError: an image that cannot be read, by name.

@@ -149,6 +149,25 @@ def test_a_network_that_chose_its_rate_is_not_trained_again(tmp_path, monkeypatc
     assert spent[run.key] == spent[trial.key]
 
 
+def test_a_rate_is_read_off_runs_of_its_family_budget_seed_and_the_usual_cut(tmp_path):
+    from dataclasses import replace
+
+    from experiments.scales.manifest import LONG, Run
+
+    here = bench(tmp_path)
+    run = Run("cifar10", "residual", "lean+small", 0, LONG)
+    said = [(replace(run, lr=0.025), 0.6), (replace(run, lr=0.0125), 0.5), (run, 0.7),
+            (replace(run, cut="layer2", lr=0.1), 0.9), (replace(run, budget=1.0, lr=0.2), 0.9),
+            (replace(run, seed=1, lr=0.3), 0.9), (replace(run, arm="g+small", lr=0.4), 0.9),
+            (replace(run, net="depthwise", lr=0.5), 0.9)]  # fmt: skip
+    for one, top1 in said:
+        rows = [{**row, "top1": top1} for row in _rows(one)]  # without a rate it had .05
+        here.ledger.add("runs", rows)
+    assert here.needs(run)[0].lr == 0.1
+    here.ledger.add("runs", [{**row, "top1": 0.6} for row in _rows(replace(run, lr=0.1))])
+    assert here.rate(run) == here.rate(replace(run, seed=2, cut="layer2")) == 0.05
+
+
 def test_two_processes_share_the_runs_and_neither_loses_a_row(tmp_path):
     import multiprocessing
 

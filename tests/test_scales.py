@@ -1,6 +1,6 @@
 import pytest
 
-from cka_probe.scales import check_scales, parse_scales, reference_of
+from cka_probe.scales import check_reference, check_scales, parse_scales
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,6 @@ def test_scales_that_are_no_whole_numbers(scales):
 
 
 def test_the_reference_is_one_of_the_scales():
-    assert reference_of("64", [32, 64]) == reference_of(64, [32, 64]) == 64
+    assert check_reference("64", [32, 64]) == check_reference(64, [32, 64]) == 64
     with pytest.raises(ValueError, match=r"^reference is not a scale: '48': choose one of 32, 64"):
-        reference_of(48, [32, 64])
+        check_reference(48, [32, 64])

@@ -44,6 +44,6 @@ def glance(runs: pd.DataFrame, arms: Mapping[str, tuple[str, str]] = ARMS) -> pd
                 top1, macs = part[["top1", "mmacs"]].mean()
                 cell = f"{top1:.1f} / {macs:.2f} / {part['seed'].nunique()}"
                 columns.setdefault(f"{task}, {net}{TERMS[ending]}", {})[words] = cell
-    table = pd.DataFrame(columns).reindex([words for words in arms])
+    table = pd.DataFrame(columns).reindex(list(arms))
     table = table[sorted(table.columns, key=lambda name: (not name.startswith("glyphs"), name))]
     return table.dropna(how="all").fillna("").rename_axis("").reset_index()

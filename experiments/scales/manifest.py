@@ -123,10 +123,11 @@ def rate_runs(
         known: accuracy by learning rate, so far.
 
     Returns:
-        Those of the grid (with a whole budget its two lower values); then, where the best value is
-        an end of it, the one beyond; empty where the best lies inside or the grid has grown enough.
+        Those of the grid (at four times the budget its two lower values); then, where the best
+        value is an end of it, the one beyond; empty where the best lies inside or the grid has
+        grown enough.
     """
-    grid = rates(ARMS[family])[: 3 if budget < 1 else 2]
+    grid = rates(ARMS[family])[: 2 if budget >= LONG else 3]
     wanted = [lr for lr in grid if lr not in known]
     if not wanted:
         tried, best = sorted(known), max(known, key=lambda lr: known[lr])
@@ -151,7 +152,7 @@ def _ordered() -> Iterator[Run]:
             yield Run("glyphs", "residual", arm, 0, budget)
     for cut in ("layer2", "layer3"):
         yield Run("glyphs", "residual", "lean+last", 0, cut=cut)
-    for task, net in PLACES[:3]:
+    for task, net in PLACES:
         yield from _cuts(task, net, 0)
     for arm in HEADLINE:
         yield Run("cifar10", "residual", arm, 0)
@@ -167,7 +168,7 @@ def _ordered() -> Iterator[Run]:
         yield Run("glyphs", "depthwise", arm, 0)
     yield Run("cifar10", "residual", "single", 0, FLAT)
     for seed in (1, 2):
-        for task, net in PLACES[1:3]:
+        for task, net in PLACES[1:]:
             yield from _cuts(task, net, seed)
             for arm in ("d3+small", "g+small", "c2"):
                 yield Run(task, net, arm, seed)

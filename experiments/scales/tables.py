@@ -163,7 +163,7 @@ def rates_table(runs: pd.DataFrame) -> pd.DataFrame:
     """
     names = [*GROUP, "run", "budget", "lr"]
     home = runs[(runs["split"] == "val") & (runs["cut"] == CUT)]
-    trials = home[home["key"].str.contains("_lr") & (home["seed"] == 0)]
+    trials = home[home["key"].str.contains("_lr")]
     # a run that was tested tells of its rate as well as one that was made for that
     kept = home.merge(trials[[*GROUP, "run", "budget", "arm"]].drop_duplicates())
     means = 100 * kept.groupby([*names, "seed"])["top1"].mean().unstack("seed")
