@@ -2,6 +2,8 @@
 
 python -m experiments.scales run --data ../shared/data --work out/scales [--minutes 60]
                                         # one core; start it once for each core
+python -m experiments.scales unread --work out/scales
+                                        # the verdict once more on further test images
 python -m experiments.scales time       # latency, on a quiet machine
 python -m experiments.scales why        # CKA and gradients of trained networks in --work
 python -m experiments.scales draw       # tables and figures from results/ alone
@@ -20,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from experiments.scales.execute import Bench
 from experiments.scales.ledger import Ledger
-from experiments.scales.manifest import CUTS, Run, manifest
+from experiments.scales.manifest import CUTS, Run, manifest, unread
 from experiments.scales.tasks import TASKS
 
 HERE = Path(__file__).resolve().parent
@@ -30,7 +32,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.scales", description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
-    parser.add_argument("what", choices=("run", "time", "why", "draw", "list"))
+    parser.add_argument("what", choices=("run", "unread", "time", "why", "draw", "list"))
     parser.add_argument("--data", type=Path, help="folder with images/ (CIFAR-10)")
     parser.add_argument("--work", type=Path, default=Path("out/scales"), help="working files")
     parser.add_argument("--minutes", type=float, default=float("inf"),
@@ -69,7 +71,32 @@ def main() -> None:
         rows = look(task, "residual", *images, args.work / "runs")
         ledger.rewrite("why", rows.round(4))
         return
-    work_through(bench, runs, until=time.monotonic() + 60 * args.minutes)
+    until = time.monotonic() + 60 * args.minutes
+    if args.what == "unread":
+        reread(bench, unread(), until=until)
+        return
+    work_through(bench, runs, until=until)
+
+
+def reread(bench: Bench, runs: Sequence[Run], *, until: float = float("inf")) -> None:
+    """Read further test images once with each of these, but for those in hand elsewhere.
+
+    Args:
+        bench: where.
+        runs: in order.
+        until: a time of the monotonic clock after which no further one begins.
+    """
+    claims = bench.work / "claims"
+    claims.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        if time.monotonic() > until or (bench.work / "stop").exists():
+            bench.say("stopped; the same command goes on")
+            return
+        try:
+            with FileLock(claims / f"unread-{run.key}", blocking=False):
+                bench.reread(run)
+        except Timeout:
+            continue
 
 
 def work_through(bench: Bench, runs: Sequence[Run], *, until: float = float("inf"),

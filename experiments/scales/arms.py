@@ -134,8 +134,8 @@ ARMS: dict[str, Arm] = {
     ),
     "lean+last": Arm(
         "lean+small, but small subnets lose their last strides first: another network only where "
-        "the cut lies behind more strides than go", {"inputs": "small"}, constraint=None,
-        between=0.5, rate_of="g", readings={"lean+last, served": "recalibrated"},
+        "the cut lies behind more strides than go", {"inputs": "small", "strides": "last"},
+        constraint=None, between=0.5, rate_of="g", readings={"lean+last, served": "recalibrated"},
     ),
     "lean+native": Arm(
         "lean+between, but every scale learns and gets its sizes as they are",
@@ -209,6 +209,7 @@ ARMS: dict[str, Arm] = {
 
 
 TUNED = ("lean+small", "d3+small", "g+small")  # each has a rate of its own, with half the batch
+_AS = {"lean+up": "lean+small", "d3+up": "d3+small"}  # and these have that of the like one
 
 
 def _halved(name: str) -> Arm:
@@ -216,7 +217,7 @@ def _halved(name: str) -> Arm:
     arm = ARMS[name]
     return replace(
         arm, about=f"{arm.about}, batches of {BATCH // 2}", batch=BATCH // 2,
-        rate_of=(name if name in TUNED else arm.rate_of) + HALF,
+        rate_of=(name if name in TUNED else _AS.get(name, arm.rate_of)) + HALF,
         paces=arm.paces and arm.paces + HALF,
         readings={label + HALF: how for label, how in arm.readings.items()},
     )  # fmt: skip
@@ -225,7 +226,7 @@ def _halved(name: str) -> Arm:
 ARMS |= {
     name + HALF: _halved(name)
     for name in ("single", "single, lean's steps", "c2", "g", "g+small", "d3+small", "lean+small",
-                 "paper")
+                 "paper", "lean+up", "d3+up")
 }  # fmt: skip
 
 # The comparisons that are made, arm - other, on the same images by the same seed.
@@ -239,6 +240,7 @@ _ASKED: dict[str, tuple[str, ...]] = {
     "lean+small, served": (
         "lean", "lean, served", "lean+between, served", "lean+native, served", "lean+up, served",
         "own+small, served", "g+small, served", "d3+small, served", "c3+small, served",
+        "d3+up, served",
         "d3", "d1", "d2", "c3", "c3, enlarged", "g", "d1, served", "d2, served", "d3, served",
         "g, served", "c3, served", "c3, enlarged, served", "paper", "paper+bn", "paper, served",
         *_PLAIN,
@@ -246,7 +248,8 @@ _ASKED: dict[str, tuple[str, ...]] = {
     "lean+between, served": ("lean, served", "lean+between", "lean+always, served",
                              "g+between, served", "d3+between, served"),
     "lean+always, served": ("d3+always, served",),
-    "lean+up, served": ("d3+up, served",),
+    "lean+up, served": ("d3+up, served", "d3+small, served", "g+small, served"),
+    "d3+up, served": ("d3+small, served",),
     "lean+small+kd, served": ("lean+small, served",),
     "g+small, served": ("d3+small, served", "c3+small, served"),
     "d3+small, served": ("d3, served", "d3+between, served", "c3+small, served", "a", "a+bn"),
@@ -283,6 +286,7 @@ PAIRS = frozenset(
     | {(a + HALF, b + HALF) for a, b in _PAIRS if {a + HALF, b + HALF} <= _HALVED}
     | {(label, label.removesuffix(HALF)) for label in _HALVED}
     | {("lean+small, served" + HALF, rival) for rival in _RIVALS}
+    | {(f"lean+{how}, served" + HALF, "d3+up, served") for how in ("small", "up")}
 )
 
 

@@ -119,7 +119,8 @@ class Bench:
         began = time.process_time()
         images = self.images(task, "train")
         net, spent = self._network(run, images, steps, lr)
-        rows = self._measured(run, task, labels, net, folder, lr)
+        splits = ("val", "test") if run.tested else ("val",)
+        rows = self._measured(run, task, labels, net, folder, lr, splits)
         if run.key not in set(self.ledger.read("trainings")["key"]):
             row = {
                 **_base(run, lr), "steps": steps, "epochs": steps * arm.batch / len(images),
@@ -184,19 +185,20 @@ class Bench:
         return net
 
     def _measured(
-        self, run: Run, task: Task, labels: list[str], net: MSUN, folder: Path, lr: float
-    ) -> list[dict[str, Any]]:
-        """Rows of these readings, on validation, and on test where the run is for that."""
+        self, run: Run, task: Task, labels: list[str], net: MSUN, folder: Path, lr: float,
+        splits: tuple[str, ...],
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """Rows of these readings on these splits."""
         rows = []
         sizes = list(task.sizes) if run.spec.scales in ("all", "largest") else [net.reference]
         for label in labels:
             shown, feed = self._read(run, task, net, run.readings[label], sizes)
-            for split in ("val", "test") if run.tested else ("val",):
+            for split in splits:
                 path = predictions(folder, label, split)
                 folder.mkdir(parents=True, exist_ok=True)
                 frame = evaluate(
                     shown, self.images(task, split), sizes, cka=False, latency=False, feed=feed,
-                    mixed=split == "test" and len(sizes) > 1, batch_size=256, progress=False,
+                    mixed=split != "val" and len(sizes) > 1, batch_size=256, progress=False,
                     predictions=path,
                 )  # fmt: skip
                 for _, row in frame.iterrows():
@@ -233,10 +235,36 @@ class Bench:
             shown = recalibrated(shown, images, every, **how)
         return shown, "native"
 
-    def pair(self) -> None:
+    def reread(self, run: Run) -> bool:
+        """Measure a run's first reading on the images that were not looked at before, once.
+
+        Returns:
+            Whether the ledger has it now: not where the trained network is not here.
+        """
+        label = next(iter(run.readings))
+        known = self.ledger.read("unread")
+        if ((known["key"] == run.key) & (known["arm"] == label)).any():
+            return True
+        folder, trainings = self.work / "runs" / run.key, self.ledger.read("trainings")
+        mine = trainings[trainings["key"] == run.key]
+        if mine.empty or not (folder / "model.pt").exists():
+            self.say(f"{run.key}: its network is not here")
+            return False
+        task, lr = self.tasks[run.task], float(mine["lr"].iloc[0])
+        net = made(run.spec, task, run.net, at=run.cut, seed=run.seed)
+        net.load_state_dict(weights(folder / "model.pt"))
+        rows = self._measured(run, task, [label], net, folder, lr, ("unread",))
+        self.ledger.add("unread", rows)
+        with self.ledger.turn:
+            self.pair("unread")
+        self.say(f"{run.key}: read on {rows[0]['n']} images more")
+        return True
+
+    def pair(self, split: str = "test") -> None:
         """Compare what is comparable and not in the ledger yet, as far as predictions are here."""
-        frame, known = self.ledger.read("runs"), self.ledger.read("pairs")
-        frame = frame[frame["split"] == "test"]
+        runs, pairs = {"test": ("runs", "pairs"), "unread": ("unread", "unread-pairs")}[split]
+        frame, known = self.ledger.read(runs), self.ledger.read(pairs)
+        frame = frame[frame["split"] == split]
         done = set(zip(*(known[c] for c in (*GROUP, "arm", "other")), strict=True))
         for group, mine in frame.groupby(list(GROUP)):
             task, net, _, budget, seed = group
@@ -249,7 +277,7 @@ class Bench:
             for arm, other in product(ours, others):
                 if (arm, other) in PAIRS and (*group, arm, other) not in done:
                     a, b = (
-                        predictions(self.work / "runs" / key, label, "test")
+                        predictions(self.work / "runs" / key, label, split)
                         for label, key in ((arm, ours[arm]), (other, others[other]))
                     )
                     if a.exists() and b.exists():
@@ -258,7 +286,7 @@ class Bench:
                         found = paired(Predictions.load(a), Predictions.load(b))
                         rows += [{**base, **row} for row in found]
             if rows:
-                self.ledger.add("pairs", rows)
+                self.ledger.add(pairs, rows)
 
 
 def predictions(folder: Path, label: str, split: str) -> Path:

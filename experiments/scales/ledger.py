@@ -28,6 +28,10 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     # one row a pair of readings of one seed and a size: arm - other on the same images
     "pairs": ("task", "net", "cut", "budget", "seed", "arm", "other", "view", "n", "diff",
               "image_var"),
+    # the same of test images that were not looked at before, for the runs that the verdict needs
+    "unread": (*KEYS, "arm", "split", "view", "n", "top1", "mmacs", "key"),
+    "unread-pairs": ("task", "net", "cut", "budget", "seed", "arm", "other", "view", "n", "diff",
+                     "image_var"),
     # one row a network and pair of scales: CKA where they meet, cosine of gradients in the trunk
     "why": ("task", "net", "arm", "cut", "scale", "other", "cosine", "cka"),
     # one row an arm and trained size: milliseconds for a batch of 64, and the ratio to (a)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from experiments.scales.arms import ARMS, BATCH, HALF, TUNED, Arm
 
-__all__ = ["CUT", "RATES", "Run", "manifest", "rate_runs", "rates", "tuning"]
+__all__ = ["CUT", "RATES", "Run", "manifest", "rate_runs", "rates", "tuning", "unread"]
 
 CUT = "layer1"  # stem and first stage, as the paper cuts ResNet-50
 UNIT = 240_000  # images of the single-scale network: a budget of 1, 12 epochs of 20,000
@@ -167,6 +167,8 @@ def _ordered() -> Iterator[Run]:
     for arm in HEADLINE:
         yield Run("glyphs", "depthwise", arm, 0)
     yield Run("cifar10", "residual", "single", 0, FLAT)
+    for seed in (0, 1, 2):
+        yield from _up(seed)
     for seed in (1, 2):
         for task, net in PLACES[1:]:
             yield from _cuts(task, net, seed)
@@ -202,6 +204,17 @@ def _ordered() -> Iterator[Run]:
         yield from _cuts("cifar10", "depthwise", seed)
 
 
+def unread() -> list[Run]:
+    """The runs that the verdict stands on: read once more, on images not looked at before."""
+    rivals = [f"{arm}{HALF}" for arm in ("d3+small", "single, lean's steps", "g+small", "single")]
+    mine = [Run("glyphs", "residual", DESIGN + HALF, seed, cut=cut)
+            for seed in range(5) for cut in CUTS["residual"][1:]]  # fmt: skip
+    mine += [Run("glyphs", "residual", arm, seed) for arm in rivals for seed in range(5)]
+    for seed in range(3):
+        mine += [*_up(seed), Run("glyphs", "residual", "d3+small", seed)]
+    return mine
+
+
 def _longer(seed: int) -> Iterator[Run]:
     """CIFAR-10 at a budget four times as large, as far as it can be paid for."""
     arms = (*LEADING[:5], *LINE) if seed == 0 else LEADING[:5]
@@ -217,6 +230,14 @@ def _halves(seed: int, arms: tuple[str, ...] = LEADING) -> Iterator[Run]:
     for cut in CUTS["residual"][1:] if seed else CUTS["residual"]:
         yield Run("glyphs", "residual", DESIGN + HALF, seed, cut=cut)
     yield Run("glyphs", "residual", "single, lean's steps" + HALF, seed)
+
+
+def _up(seed: int) -> Iterator[Run]:
+    """What mixed sizes, most of them small, ask: the design and its rival with no image shrunk."""
+    yield Run("glyphs", "residual", "d3+up", seed)
+    yield Run("glyphs", "residual", "d3+up" + HALF, seed)
+    for cut in CUTS["residual"][1:]:
+        yield Run("glyphs", "residual", "lean+up" + HALF, seed, cut=cut)
 
 
 def _cuts(task: str, net: str, seed: int) -> Iterator[Run]:
