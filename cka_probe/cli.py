@@ -17,6 +17,7 @@ from cka_probe import cli_commands
 from cka_probe.cli_checks import check_words
 from cka_probe.cli_output import explain
 from cka_probe.link import LostRankError
+from cka_probe.probe_run import REPORT
 from cka_probe.ranks import Ranks, launched, may_speak, started
 from cka_probe.state import STATE
 
@@ -165,11 +166,20 @@ def _joined(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
     for sub in _parsers(parser):
         for action in sub._actions:
             for name in action.option_strings:
-                takes_value[name] = action.nargs is None
+                takes_value[name] = action.nargs in (None, "+")
+
+    def asked(word: str) -> bool | None:
+        """Whether an option, in full or by its first letters, takes a value; None: no option."""
+        name = word.partition("=")[0]
+        if name in takes_value:
+            return takes_value[name]
+        long = [takes for known, takes in takes_value.items() if known.startswith(name)]
+        return any(long) if name.startswith("--") and len(name) > 2 and long else None
+
     out: list[str] = []
     for word in argv:
-        odd = word.startswith("-") and word not in takes_value and "=" not in word
-        if odd and out and takes_value.get(out[-1]):
+        odd = word.startswith("-") and asked(word) is None
+        if odd and out and "=" not in out[-1] and asked(out[-1]):
             out[-1] = f"{out[-1]}={word}"
         else:
             out.append(word)
@@ -263,7 +273,7 @@ def _way_on(args: argparse.Namespace | None) -> str:
     """What can be done after an interruption: go on, or begin anew."""
     out = getattr(args, "out", None)
     resumes = getattr(args, "command", None) in ("run", "compare")
-    if resumes and out is not None and (Path(out) / STATE).exists():
+    if resumes and out is not None and any((Path(out) / name).exists() for name in (STATE, REPORT)):
         return "run again with --resume to continue"
     return "nothing was saved, run again"
 

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
             **norm,
             **_options(args, folder),
         )
-        report = _described(report, {"model": _about(model)})
+        report = _described(report, {"model": _about(model, args)})
         if args.ranks.first:
             write(report, folder, ("heatmap", "curve"))
             left_out(report)
@@ -131,7 +131,7 @@ def compare(args: argparse.Namespace) -> None:
                 args, ghosts, shapes, images, " and ".join(one.name for one in loaded.values())
             )
         report = probe(None, images, views=views, **_options(args, folder))
-        about = {f"model {view!r}": _about(one) for view, one in loaded.items()}
+        about = {f"model {view!r}": _about(one, args) for view, one in loaded.items()}
         report = _described(report, about)
         if args.ranks.first:
             write(report, folder, ("grid",))
@@ -306,9 +306,10 @@ def _announce(
     )
 
 
-def _about(model: LoadedModel) -> dict[str, Any]:
+def _about(model: LoadedModel, args: argparse.Namespace) -> dict[str, Any]:
     about = {"name": model.name, "weights": model.weights, "mean": model.mean, "std": model.std}
-    return about | ({"sha256": model.sha256} if model.sha256 else {})
+    about |= {"sha256": model.sha256} if model.sha256 else {}
+    return about | ({"args": parse_model_args(args.model_arg)} if args.model_arg else {})
 
 
 def _described(report: Report, about: dict[str, Any]) -> Report:

@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib as mpl
 
 from cka_probe import plot as plots
+from cka_probe.files import replacing
 from cka_probe.page import save_page
 from cka_probe.probe_run import REPORT
 from cka_probe.ranks import Ranks
@@ -36,7 +37,7 @@ def explain(error: Exception) -> str:
 def output_folder(args: argparse.Namespace) -> Iterator[Path]:
     """The folder of --out, checked before any work; after a failure as it was before.
 
-    What an interrupted run saved (state.npz) stays.
+    What an interrupted run saved stays: state.npz, or report.npz where all batches were through.
 
     Raises:
         ValueError: a report is there already, and neither --overwrite nor --resume was given.
@@ -46,13 +47,16 @@ def output_folder(args: argparse.Namespace) -> Iterator[Path]:
     if not getattr(args, "ranks", Ranks()).first:  # rank 0 looks after it
         yield folder
         return
-    new = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output is not a folder: {folder}: choose another --out")
     present = [name for name in OUTPUTS if (folder / name).exists()]
     if (REPORT in present) and not (args.overwrite or args.resume):
         raise ValueError(f"a report is there already: {folder / REPORT}: add --overwrite, or "
                          "choose another --out")  # fmt: skip
+    saved = [name for name in (STATE, ROWS) if args.resume and (folder / name).exists()]
+    report = folder / REPORT
+    old = report.read_bytes() if REPORT in present else b""
     folder.mkdir(parents=True, exist_ok=True)
     probe_dir = mkdtemp(dir=folder, prefix=".writable-")
     Path(probe_dir).rmdir()
@@ -61,11 +65,21 @@ def output_folder(args: argparse.Namespace) -> Iterator[Path]:
             (folder / name).unlink(missing_ok=True)
     try:
         yield folder
-    except BaseException:
-        for name in set(OUTPUTS) - set(present):
+    except BaseException as error:
+        gone = set(OUTPUTS) - set(present)
+        if isinstance(error, (ValueError, TypeError)):  # no use in going on with that
+            gone |= {STATE, ROWS} - set(saved)
+        if report.exists() and report.read_bytes() != old:  # the forwards were done
+            if isinstance(error, KeyboardInterrupt):
+                gone = set(OUTPUTS) - {REPORT}  # --resume draws the rest
+            elif old:
+                with replacing(report) as temporary:
+                    temporary.write_bytes(old)
+        for name in gone:
             (folder / name).unlink(missing_ok=True)
-        if new and not any(folder.iterdir()):
-            folder.rmdir()
+        for path in made:
+            if path.exists() and not any(path.iterdir()):
+                path.rmdir()
         raise
 
 
@@ -105,10 +119,17 @@ def table(report: Report) -> None:
 
 
 def left_out(report: Report) -> None:
-    """Name the images that could not be read."""
-    names = report.meta.get("left_out", [])
-    if names:
-        print(f"cka-probe: left out, unreadable: {', '.join(names)}", file=sys.stderr)
+    """Name the images that could not be read, and those that were dropped with them."""
+    few = report.meta.get("left_out_readable", [])
+    lost = [name for name in report.meta.get("left_out", []) if name not in set(few)]
+    if lost:
+        print(f"cka-probe: left out, unreadable: {', '.join(lost)}", file=sys.stderr)
+    if few:
+        print(
+            "cka-probe: left out, readable but with fewer than 4 such in their batch: "
+            + ", ".join(few),
+            file=sys.stderr,
+        )
 
 
 def wrote(folder: Path, pictures: tuple[str, ...]) -> None:

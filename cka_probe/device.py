@@ -16,6 +16,7 @@ from cka_probe.kernels import (
     Kernel,
     NonFiniteFeaturesError,
     check_finite,
+    feature_eps,
     product,
     work_dtype,
 )
@@ -27,7 +28,7 @@ __all__ += ["refuse", "refuse_all"]
 class Measured(NamedTuple):
     """A kernel block and what is to be asked about it, all on the device, float64.
 
-    `block`: (n, n), zero where the features are constant. `eps`: 0-d, of the products; 0 where
+    `block`: (n, n), zero where the features are constant. `eps`: 0-d, `feature_eps`; 0 where
     constant. `largest`: 0-d, the largest magnitude; not finite where a feature is not.
     """
 
@@ -56,9 +57,8 @@ def device_block(x: Tensor, kernel: Kernel) -> Measured:
     Returns:
         The block and what is to be asked about it.
     """
-    n = x.shape[0]
+    n, eps = x.shape[0], feature_eps(x.dtype)
     x = x.to(work_dtype(x, n))
-    eps = torch.finfo(x.dtype).eps
     largest = _largest(x)
     exponent = torch.frexp(largest.clamp(min=torch.finfo(x.dtype).tiny)).exponent
     scale = torch.exp2(exponent.double())  # in float64, so that it is a power of two when rounded

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cka_probe.bandwidth import check_bandwidth, median_bandwidth
 from cka_probe.device import Measured, device_block, on_accelerator, refuse, refuse_all
 from cka_probe.estimator_base import (
     BANDWIDTH_IMAGES,
@@ -29,7 +30,6 @@ from cka_probe.kernels import (
     batch_block,
     full_precision,
     get_kernel,
-    median_bandwidth,
 )
 from cka_probe.sketch import Sketch
 
@@ -69,6 +69,7 @@ class Minibatch:
     ) -> None:
         if not unbiased:
             raise ValueError("biased minibatch CKA: unbiased=False: use estimator='exact'")
+        check_bandwidth(bandwidth)
         self.kernel = get_kernel(kernel)
         self.bandwidth = bandwidth
         self.n_batches = n_batches
@@ -132,14 +133,19 @@ class Minibatch:
     def fix_bandwidth(self, sigma: list[float] | None = None) -> None:
         """Take the bandwidths given, or those of the waiting batches, and add what waited."""
         if sigma is None:
-            sigma = [
-                median_bandwidth([blocks[key][0] for _, blocks in self.waiting], self.bandwidth)
-                for key in self.keys
-            ]
+            sigma = [median_bandwidth(self._first(key), self.bandwidth) for key in self.keys]
         self.sigma = dict(zip(self.keys, sigma, strict=True))
         waiting, self.waiting = self.waiting, []
         for index, blocks in waiting:
             self._add(index, blocks)
+
+    def _first(self, key: Hashable) -> list[Tensor]:
+        """Distances within the batches that wait, of the first 256 images."""
+        found, left = [], BANDWIDTH_IMAGES
+        for _, blocks in sorted(self.waiting, key=lambda one: one[0]):
+            found.append(blocks[key][0][:left, :left])
+            left -= len(found[-1])
+        return [block for block in found if len(block) > 1]
 
     def _gram(self, key: Hashable, found: tuple[Tensor, float] | Measured) -> Tensor:
         """The Gram of one entry; zero where it is constant, or has no bandwidth."""

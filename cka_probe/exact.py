@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from cka_probe.bandwidth import check_bandwidth
 from cka_probe.device import Watch
 from cka_probe.estimator_base import (
     BANDWIDTH_IMAGES,
@@ -61,6 +62,7 @@ class Exact:
         folder: Path | None = None,
     ) -> None:
         del n_batches
+        check_bandwidth(bandwidth)
         self.groups = groups
         self.kernel = get_kernel(kernel)
         self.bandwidth = bandwidth

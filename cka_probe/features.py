@@ -9,14 +9,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cka_probe.bandwidth import median_bandwidth
 from cka_probe.estimators import EXACT_GROUPS, Exact, Result
 from cka_probe.hsic import u_centre
 from cka_probe.kernels import (
     Block,
     NonFiniteFeaturesError,
     centre_full,
+    full_precision,
     get_kernel,
-    median_bandwidth,
 )
 from cka_probe.progress import progress_bar
 from cka_probe.report import Report
@@ -161,27 +162,26 @@ def permutation_test(
     value = cka(x, y, kernel=kernel, bandwidth=bandwidth)
     if np.isnan(value):
         return value, float("nan")
-    observed, k, left = _centred_pair(x, y, kernel, bandwidth)
+    k, left = (_u_centred(name, z, kernel, bandwidth) for name, z in (("x", x), ("y", y)))
+    # a tie in other order of summation is a tie: rounding is in proportion to the norms
+    least = float((k * left).sum()) - 1e-12 * float(k.norm() * left.norm())
     generator = torch.Generator().manual_seed(seed)
     at_least = 0
     with progress_bar(n, desc="permutations", unit="permutation", show=progress) as bar:
         for _ in range(n):
             order = torch.randperm(len(k), generator=generator)
-            at_least += int((k * left[order][:, order]).sum() >= observed)
+            at_least += int(float((k * left[order][:, order]).sum()) >= least)
             bar.update()
     return value, (1 + at_least) / (n + 1)
 
 
-def _centred_pair(
-    x: Features, y: Features, kernel: str | Block, bandwidth: float
-) -> tuple[float, Tensor, Tensor]:
-    chosen, centred = get_kernel(kernel), []
-    for z in (as_features("x", x), as_features("y", y)):
-        block = chosen.base(*[centre_full(z).x] * 2)
-        sigma = median_bandwidth([block], bandwidth) if chosen.needs_bandwidth else 1.0
-        centred.append(u_centre(chosen.finish(block, sigma)))
-    k, left = centred
-    return float((k * left).sum()) * (1 - 1e-12), k, left
+def _u_centred(name: str, z: Features, kernel: str | Block, bandwidth: float) -> Tensor:
+    chosen, centred = get_kernel(kernel), centre_full(as_features(name, z))
+    own = centred.x if chosen.quadratic else centred.x * centred.scale
+    with torch.no_grad(), full_precision(own.device):
+        block = chosen.base(own, own)
+    sigma = median_bandwidth([block], bandwidth) if chosen.needs_bandwidth else 1.0
+    return u_centre(chosen.finish(block, sigma))
 
 
 def as_features(name: str, x: Features) -> Tensor:
@@ -190,7 +190,7 @@ def as_features(name: str, x: Features) -> Tensor:
     Raises:
         ValueError: not 2-D. TypeError: not numbers.
     """
-    tensor = x.detach() if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))
+    tensor = x.detach() if isinstance(x, Tensor) else _from_array(np.asarray(x))
     if tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"features are not real numbers: {name!r} is {tensor.dtype}: give floats")
     if tensor.ndim != 2:
@@ -198,7 +198,19 @@ def as_features(name: str, x: Features) -> Tensor:
             f"features are not (n, d): {name!r} has shape {tuple(tensor.shape)}: "
             "flatten or average all axes but the first"
         )
-    return tensor if tensor.is_floating_point() else tensor.double()
+    if not tensor.is_floating_point():
+        return tensor.double()
+    return tensor if tensor.dtype.itemsize > 1 else tensor.float()  # no sums in eight bits
+
+
+def _from_array(x: npt.NDArray[Any]) -> Tensor:
+    """A tensor of what torch can hold of an array: other byte orders and widths are converted."""
+    if x.dtype.kind == "f" and x.dtype.itemsize > 8:
+        x = x.astype(np.float64)
+    x = x.astype(x.dtype.newbyteorder("="), copy=False)
+    if not x.flags.writeable or any(step < 0 for step in x.strides):
+        x = x.copy()
+    return torch.as_tensor(x)
 
 
 def _exact(

@@ -9,6 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cka_probe.bandwidth import check_bandwidth
+from cka_probe.own_kernel import Block, checked
+
 Array = npt.NDArray[np.float64]
 MIN_IMAGES = 4  # HSIC_1 divides by n (n - 3)
 
@@ -148,7 +151,12 @@ def check_n(n: int) -> None:
 
 
 def cka_loss(
-    x: Tensor, y: Tensor, *, kernel: str = "linear", bandwidth: float = 1.0, unbiased: bool = True
+    x: Tensor,
+    y: Tensor,
+    *,
+    kernel: str | Block = "linear",
+    bandwidth: float = 1.0,
+    unbiased: bool = True,
 ) -> Tensor:
     """Differentiable CKA of one batch, 1 for equal representations: minimise 1 minus it.
 
@@ -160,7 +168,7 @@ def cka_loss(
     Args:
         x: (n, p) features, n >= 4.
         y: (n, q) features of the same n images.
-        kernel: "linear" or "rbf".
+        kernel: "linear", "rbf", or a differentiable callable on centred features (p, d), (q, d).
         bandwidth: RBF sigma as a multiple of the median distance.
         unbiased: HSIC_1, or the biased HSIC_0.
 
@@ -168,7 +176,8 @@ def cka_loss(
         0-d float64 tensor with a gradient to `x` and `y`.
 
     Raises:
-        ValueError: unequal n, fewer than 4 images, not 2-D, or an unknown kernel.
+        ValueError: unequal n, fewer than 4 images, not 2-D, an unknown kernel, or a bandwidth that
+            is not above 0.
 
     >>> x = torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
     >>> round(float(cka_loss(x, 2.0 * x + 1.0)), 4)
@@ -178,37 +187,32 @@ def cka_loss(
         shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
         raise ValueError(f"features do not pair: {shapes}: give (n, p) and (n, q), the same images")
     check_n(x.shape[0])
-    if kernel not in ("linear", "rbf"):
-        raise ValueError(f"unknown kernel: {kernel!r}: cka_loss takes 'linear' or 'rbf'")
+    check_bandwidth(bandwidth)
+    if not callable(kernel) and kernel not in ("linear", "rbf"):
+        raise ValueError(
+            f"unknown kernel: {kernel!r}: cka_loss takes 'linear', 'rbf' or a function of features"
+        )
     grams = torch.stack([_soft_gram(z, kernel, bandwidth) for z in (x, y)])  # (2, n, n)
     n = grams.shape[-1]
     eps = torch.tensor([torch.finfo(z.dtype).eps for z in (x, y)], device=grams.device)
     eps = eps.double().clamp(max=torch.finfo(torch.float32).eps)
     trace = torch.diagonal(grams.detach(), dim1=-2, dim2=-1).sum(-1)
     floor = rounding_floor(trace, eps, n, unbiased=unbiased)
-    if unbiased:
-        grams = grams * (1 - torch.eye(n, dtype=grams.dtype, device=grams.device))
-        h = hsic_from_sums(_inner(grams), grams.sum(-1), n, unbiased=True)
-    else:
-        k = centre_gram(grams)
-        h = _inner(k)
+    h = hsic_pairs(grams, unbiased=unbiased)
     norm = torch.diagonal(h)
     safe = torch.where(norm > floor, norm, torch.full_like(norm, float("nan")))
     return h[0, 1] / safe.prod().sqrt()
 
 
-def _inner(k: Tensor) -> Tensor:
-    v = k.flatten(1)  # (m, n*n)
-    return v @ v.T
-
-
-def _soft_gram(z: Tensor, kernel: str, bandwidth: float) -> Tensor:
+def _soft_gram(z: Tensor, kernel: str | Block, bandwidth: float) -> Tensor:
     with torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
         limit = 8 * torch.finfo(z.dtype).eps * torch.linalg.vector_norm(z.detach())
         z = z - z.mean(0)
         if bool(torch.linalg.vector_norm(z.detach()) <= limit):
             z = z * 0  # constant up to rounding: every HSIC is 0, the CKA nan
+        if callable(kernel):  # its values may depend on the scale
+            return checked(kernel, getattr(kernel, "__name__", type(kernel).__name__))(z, z)
         scale = z.detach().abs().max()
         z = z / torch.where(scale > 0, scale, torch.ones_like(scale))  # CKA does not change
         g = (z @ z.T).double()

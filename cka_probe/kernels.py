@@ -94,6 +94,11 @@ def work_dtype(x: Tensor, n: int) -> torch.dtype:
     return torch.float32
 
 
+def feature_eps(dtype: torch.dtype) -> float:
+    """Machine epsilon of features: float32's for all that is coarser, whatever their Gram is in."""
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+
+
 def centre(x: Tensor) -> Centred:
     """Centre the columns of one batch of features.
 
@@ -110,11 +115,11 @@ def centre(x: Tensor) -> Centred:
     Raises:
         NonFiniteFeaturesError: a value is NaN or Inf.
     """
-    x = x.to(work_dtype(x, x.shape[0]))
-    mean = x.mean(0)
-    out = x - mean
+    wide = x.to(work_dtype(x, x.shape[0]))
+    mean = wide.mean(0)
+    out = wide - mean
     squares = float(torch.linalg.vector_norm(out).double().square())
-    eps = torch.finfo(x.dtype).eps
+    eps = feature_eps(x.dtype)
     raw = squares + x.shape[0] * float(torch.linalg.vector_norm(mean.double()).square())
     low, high = _SAFE_TRACE
     # 16 eps: twice the limit of `centre_full`, so that the float64 mean decides the close calls
@@ -134,15 +139,15 @@ def batch_block(x: Tensor, kernel: Kernel) -> tuple[Tensor, float]:
         kernel: as `get_kernel` gives it.
 
     Returns:
-        `kernel.base` of the centred features, (n, n) float64, in their own scale, and the machine
-        epsilon of the products; zeros and 0.0 where the features are constant.
+        `kernel.base` of the centred features, (n, n) float64, in their own scale, and their
+        `feature_eps`; zeros and 0.0 where the features are constant.
 
     Raises:
         NonFiniteFeaturesError: a value is NaN or Inf.
     """
     n, d = x.shape
     dtype = work_dtype(x, n)
-    eps = torch.finfo(dtype).eps
+    eps = feature_eps(x.dtype)
     if kernel.of_gram is not None:
         width = max(1, _TILE_BYTES // (n * dtype.itemsize)) if x.device.type == "cpu" else d
         tiles = list(torch.split(x, width, 1)) if d > width else [x]
@@ -185,7 +190,7 @@ def centre_full(x: Tensor) -> Centred:
     """
     n = x.shape[0]
     dtype = work_dtype(x, n)
-    eps = torch.finfo(dtype).eps
+    eps = feature_eps(x.dtype)
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     total = torch.zeros(x.shape[1], dtype=wide, device=x.device)
     chunk = max(1, min(_CHUNK_ROWS, _CHUNK_NUMBERS // max(1, x.shape[1])))
@@ -324,26 +329,3 @@ def register_kernel(kernel: Kernel) -> None:
     if kernel.name in KERNELS:
         raise ValueError(f"kernel name is taken: {kernel.name!r}: choose another name")
     KERNELS[kernel.name] = kernel
-
-
-def median_bandwidth(squared_distances: list[Tensor], fraction: float) -> float:
-    """Sigma = fraction x sqrt(median over i < j of d^2) (Kornblith et al. 2019, section 4).
-
-    Args:
-        squared_distances: symmetric matrices (n, n), or their upper right parts: rows (r, c) that
-            begin with their diagonal; only pairs within one of them count.
-        fraction: multiple of the median distance.
-
-    Returns:
-        Sigma, in the units of the features; 0.0 where more than half of the pairs coincide.
-    """
-    upper = []
-    for d2 in squared_distances:
-        rows, columns = d2.shape
-        i, j = torch.triu_indices(rows, rows, offset=1, device=d2.device)
-        upper += [d2[i, j].cpu().numpy(), d2[:, rows:columns].flatten().cpu().numpy()]
-    pairs = np.concatenate(upper)
-    half = len(pairs) // 2
-    pairs.partition(half)  # a sixth of the time of np.median, which selects three places
-    middle = pairs[half] if len(pairs) % 2 else (pairs[:half].max() + pairs[half]) / 2
-    return float(fraction * np.sqrt(middle))

@@ -37,6 +37,7 @@ class Loop:
     Attributes:
         start: the first batch that was done here; those before were in the saved state.
         left_out: after `run`, names of images, on rank 0.
+        too_few: those of them that could be read, in batches with fewer than 4 such.
     """
 
     def __init__(
@@ -54,7 +55,12 @@ class Loop:
     @property
     def left_out(self) -> list[str]:
         """Names of the images that were left out, in the order of the batches."""
-        return [name for _, names in sorted(self.bad) for name in names]
+        return [name for _, *both in sorted(self.bad) for names in both for name in names]
+
+    @property
+    def too_few(self) -> list[str]:
+        """Those of them that could be read."""
+        return [name for *_, readable in sorted(self.bad) for name in readable]
 
     def run(
         self, models: Mapping[str, nn.Module], transforms: Mapping[str, Transform],
@@ -156,8 +162,8 @@ class Loop:
         """A batch is through: into the estimator with it."""
         if batch.views:
             work.close(batch.index)
-        names = [*batch.bad, *batch.left_out]
-        (self.bad if self.ranks.size == 1 else self._new_bad).append((batch.index, names))
+        bad = self.bad if self.ranks.size == 1 else self._new_bad
+        bad.append((batch.index, batch.bad, batch.left_out))
         self._images += len(batch.ids)
         bar.update(len(batch.ids))
 

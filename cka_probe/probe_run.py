@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from cka_probe.asked import made_plain
+from cka_probe.bandwidth import check_bandwidth
 from cka_probe.choose import AUTO, Choice, choose, spool_forecast, usable
 from cka_probe.collect import Tap
 from cka_probe.decode import ImageError
@@ -42,8 +43,7 @@ class Run:
         self.ranks: Ranks = ask.get("ranks") or Ranks()
         self.kernel = get_kernel(ask["kernel"])
         self.bandwidth = 1.0 if ask["bandwidth"] is None else ask["bandwidth"]
-        if not self.bandwidth > 0:
-            raise ValueError(f"bad bandwidth: {self.bandwidth}: give a fraction above 0, usually 1")
+        check_bandwidth(self.bandwidth)
         if ask["estimator"] not in (*ESTIMATORS, AUTO):
             known = ", ".join((*ESTIMATORS, AUTO))
             raise ValueError(f"unknown estimator: {ask['estimator']!r}: known ones are {known}")
@@ -75,6 +75,11 @@ class Run:
         if ask["views"] is None:
             if model is None:
                 raise ValueError("no network: model=None: give one, or views={name: (model, ...)}")
+            if scales is None and ask["reference"] not in (None, NATIVE):
+                raise ValueError(
+                    f"reference without scales: {ask['reference']!r}: give scales=, among which it "
+                    "is, or leave it out"
+                )
             if scales is not None and str(ask["reference"]).isdecimal():
                 scales = [*scales, *({int(ask["reference"])} - set(scales))]
             transforms = scale_transforms(
@@ -265,6 +270,7 @@ class Run:
             "unbiased": True,
             "run": self.options,
             "left_out": loop.left_out,
+            "left_out_readable": loop.too_few,
             "unreached": seen.unreached,
             "skipped": seen.skipped,
             "layers": merge_tables(seen.tables.values()),

@@ -18,9 +18,9 @@ from cka_probe.reduce import layout
 
 
 def model_sha256(model: nn.Module) -> str:
-    """SHA-256 of the structure (its printed form) and of every parameter and buffer."""
+    """SHA-256 of the structure (its printed form), every parameter and every buffer."""
     digest = hashlib.sha256(repr(model).encode())
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted({**dict(model.named_buffers()), **model.state_dict()}.items()):
         if not isinstance(value, Tensor):
             digest.update(f"{name}={value!r}".encode())
             continue

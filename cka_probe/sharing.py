@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cka_probe.bandwidth import median_bandwidth
 from cka_probe.device import device_for_sums
 from cka_probe.estimator_base import BANDWIDTH_IMAGES, check_entries
 from cka_probe.estimators import Minibatch
-from cka_probe.kernels import median_bandwidth
 from cka_probe.ranks import Ranks
 
 __all__ = ["Shared", "share"]
@@ -124,22 +124,26 @@ class _Sums(Shared):
                 self.estimator.begin(keys)
 
     def _bandwidth(self, last: bool) -> None:
-        """Once 256 images have come: the median over their batches, wherever those were made."""
+        """Once 256 images have come: their median within batches, wherever those were made."""
         ranks, own = self.ranks, self.own
         mine = [(index, len(blocks[own.keys[0]][0])) for index, blocks in own.waiting]
         counts = sorted(one for some in ranks.gather(mine) for one in some)
-        chosen, images = list[int](), 0
+        chosen, left = dict[int, int](), BANDWIDTH_IMAGES  # batch -> how many of its images count
         for index, n in counts:
-            chosen.append(index)
-            images += n
-            if images >= BANDWIDTH_IMAGES:
-                break
-        enough = images >= BANDWIDTH_IMAGES or (last and images > 0)
-        chosen = ranks.agree(chosen if enough else [])
+            if left > 0:
+                chosen[index] = min(n, left)
+                left -= chosen[index]
+        enough = left == 0 or (last and len(chosen) > 0)
+        chosen = ranks.agree({k: n for k, n in chosen.items() if n > 1} if enough else {})
         if not chosen:
             return
         upper: list[list[Tensor]] = [
-            [blocks[key][0] for index, blocks in own.waiting if index in chosen] for key in own.keys
+            [
+                blocks[key][0][: chosen[index], : chosen[index]].contiguous()
+                for index, blocks in own.waiting
+                if index in chosen
+            ]
+            for key in own.keys
         ]
         shapes = ranks.gather([[tuple(x.shape) for x in some] for some in upper[:1]])
         for rank in range(1, ranks.size):

@@ -13,7 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cka_probe.kernels import Kernel, centre_full, full_precision, product, work_dtype
+from cka_probe.kernels import (
+    Kernel,
+    centre_full,
+    feature_eps,
+    full_precision,
+    product,
+    squared_norms,
+)
 
 
 class Spool:
@@ -108,8 +115,7 @@ class GramBlocks:
         panel = self.n if self._held is not None else max(1, memory // (80 * self.n))
         with torch.no_grad(), full_precision(self.home):
             for i, key in enumerate(self.keys):
-                self.eps.append(torch.finfo(work_dtype(torch.empty(0, dtype=spool.dtype[key]),
-                                                       self.n)).eps)  # fmt: skip
+                self.eps.append(feature_eps(spool.dtype[key]))
                 constant.append(self._make(i, spool, key, panel))
         self.constant = np.array(constant)
 
@@ -127,7 +133,7 @@ class GramBlocks:
                 centred = centre_full(x)
                 if top == 0:
                     offset += self.n * float(x.mean(0, dtype=torch.float64).square().sum())
-                    norms = centred.x.double().square_().sum(1).mul_(centred.scale**2)
+                    norms = squared_norms(centred.x).mul_(centred.scale**2)
                     self._norms[i] += norms
                     spread += float(norms.sum())
                 if not centred.constant:
@@ -137,6 +143,10 @@ class GramBlocks:
                 self._file.seek(8 * self.n * (i * self.n + top))
                 self._file.write(_bytes(gram))
         return spread <= (8 * self.eps[i]) ** 2 * (spread + offset)
+
+    def diagonal(self, i: int) -> Tensor:
+        """Of the Gram of entry i, as `base` gives it."""
+        return self._norms[i] / max(float(self._norms[i].max()), 1e-300)
 
     def base(self, i: int, rows: slice, columns: slice) -> Tensor:
         """Gram entries, or squared distances for the RBF kernel, float64."""

@@ -39,7 +39,7 @@ _SKETCH = ("origin", "offset", "kept")
 _AGAIN = "run without --resume and with --overwrite"
 _HALF = re.compile(r"\.([0-9a-f]{16}\.(npz|csv|png|html)|(writing|writable)-.*)")
 
-Bad = list[tuple[int, list[str]]]  # per batch: images that were left out
+Bad = list[tuple[int, list[str], list[str]]]  # batch: left out, unreadable and readable
 
 
 class Saver:
@@ -147,7 +147,10 @@ class Saver:
             arrays, meta = load_npz(path, names, version=_FORMAT, what="saved state")
             keys = [(view, Tap(at, field, call)) for view, at, field, call in meta["keys"]]
             self._fill(estimator, keys, arrays, meta, home)
-            bad = [(int(index), list(map(str, names))) for index, names in meta["bad"]]
+            bad = [
+                (int(index), list(map(str, lost)), list(map(str, few)))
+                for index, lost, few in meta["bad"]
+            ]
             return int(meta["next_batch"]), bad
         except OtherRunError:
             raise

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cka_probe.bandwidth import median_bandwidth
 from cka_probe.hsic import Array, hsic_from_sums, jackknife, normalise, rounding_floor
 from cka_probe.kernels import (
     Kernel,
     centre_full,
     distances,
+    feature_eps,
     full_precision,
-    median_bandwidth,
     product,
     squared_distances,
     squared_norms,
@@ -27,6 +28,8 @@ from cka_probe.memory import TILE_BYTES
 
 _CACHE_BYTES = 2**24  # of float64 numbers of one tile of every entry, while they are summed
 _BANDWIDTH_ROWS = 256  # of distances at a time, and no fewer than an eighth
+_LEVEL_IMAGES = 256  # whose mean similarity is taken off a kernel of the user's
+_SUM_EPS = 64 * float(np.finfo(np.float64).eps)  # what Song's sums lose of the largest of them
 
 
 class Blocks(Protocol):
@@ -42,6 +45,9 @@ class Blocks(Protocol):
     def base(self, i: int, rows: slice, columns: slice) -> Tensor:
         """The kernel's `base` (float64) of entry i for these rows and columns."""
 
+    def diagonal(self, i: int) -> Tensor:
+        """(n,) float64, of the linear Gram of entry i, in the scale of `base`."""
+
 
 class FeatureBlocks:
     """Tiles straight from m features (n, d).
@@ -56,15 +62,16 @@ class FeatureBlocks:
         self.whole_rows = False
         self.home = features[0].device if features[0].device.type == "cuda" else torch.device("cpu")
         self.x: list[Tensor] = []
+        self.eps: list[float] = []
         constant = []
         for i in range(self.m):
             centred = centre_full(features[i])
+            self.eps.append(feature_eps(features[i].dtype))
             features[i] = torch.empty(0)
             # CKA does not depend on the scale, except through a user's own kernel
             self.x.append(centred.x if kernel.quadratic else centred.x * centred.scale)
             constant.append(centred.constant)
         self.constant = np.array(constant)
-        self.eps = [torch.finfo(x.dtype).eps for x in self.x]
         squares = kernel.base is squared_distances
         self._norms = [squared_norms(x) for x in self.x] if squares else []
 
@@ -74,6 +81,10 @@ class FeatureBlocks:
         if not self._norms:
             return self.kernel.base(a, b)
         return distances(product(a, b), self._norms[i][rows], self._norms[i][columns])
+
+    def diagonal(self, i: int) -> Tensor:
+        """(n,) float64, of the linear Gram of entry i."""
+        return squared_norms(self.x[i])
 
 
 class TiledSums:
@@ -113,7 +124,8 @@ class TiledSums:
         bounds = np.linspace(0, self.n, self.groups + 1).round().astype(int)
         self.bounds = [(int(a), int(b)) for a, b in pairwise(bounds)]
         self.constant = source.constant
-        self.sigma, self.shift = self._bandwidths(bandwidth, bandwidth_images)
+        self.sigma = self._bandwidths(bandwidth, bandwidth_images)
+        self.shift = [self._shift(i, bandwidth) for i in range(self.m)]
         self.eps = torch.tensor(source.eps, dtype=torch.float64)
         self.a = self._zeros(self.groups, self.m, self.m)
         self.a_own = self._zeros(self.groups, self.m, self.m)
@@ -125,9 +137,9 @@ class TiledSums:
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self.home)
 
-    def _bandwidths(self, fraction: float, images: int | None) -> tuple[list[float], list[float]]:
+    def _bandwidths(self, fraction: float, images: int | None) -> list[float]:
         if not self.kernel.needs_bandwidth:
-            return [1.0] * self.m, [0.0] * self.m
+            return [1.0] * self.m
         sigma, first = [], slice(0, min(images or self.n, self.n))
         step = max(_BANDWIDTH_ROWS, -(-first.stop // 8))  # of the upper half, which is enough
         for i, constant in enumerate(self.constant):
@@ -138,8 +150,30 @@ class TiledSums:
                     for top in range(0, first.stop, step)
                 ]  # fmt: skip
             sigma.append(median_bandwidth(d2, fraction) if d2 else 0.0)
-        # the kernel at the median distance: taking it off all entries changes no HSIC, keeps digits
-        return sigma, [float(np.exp(-0.5 / fraction**2))] * self.m
+        return sigma
+
+    def _shift(self, i: int, fraction: float) -> Tensor | float:
+        """U, (n,) or one for all: K_ij - u_i - u_j has the HSIC of K, and keeps its digits.
+
+        Song's sums cancel where most of a Gram is row and column means. Of centred features those
+        are known from the diagonal; an RBF Gram lies about its value at the median distance.
+        """
+        if self.constant[i]:
+            return 0.0
+        if self.kernel.needs_bandwidth:
+            return float(np.exp(-0.5 / fraction**2)) / 2
+        n = self.n
+        with torch.no_grad(), full_precision(self.home):
+            if self.kernel.base is not product:
+                first = slice(0, min(n, _LEVEL_IMAGES))
+                block = self.kernel.finish(self.source.base(i, first, first), 1.0)
+                apart = float(block.sum() - block.trace())
+                return apart / (first.stop * (first.stop - 1)) / 2
+            if not self.unbiased:  # the means of its rows are 0
+                return 0.0
+            own = self.source.diagonal(i).to(self.home)
+            u: Tensor = own.sum() / (2 * (n - 1) * (n - 2)) - own / (n - 2)
+        return u
 
     def _block(self, i: int, rows: slice, columns: slice) -> Tensor:
         """Gram block of entry i (float64), shifted; zero where the entry is degenerate."""
@@ -147,16 +181,20 @@ class TiledSums:
             shape = (rows.stop - rows.start, columns.stop - columns.start)
             return torch.zeros(shape, dtype=torch.float64, device=self.home)
         block = self.kernel.finish(self.source.base(i, rows, columns), self.sigma[i])
-        count = max(0, min(rows.stop, columns.stop) - max(rows.start, columns.start))
-        if count:
-            offset = rows.start - columns.start
-            diagonal = torch.diagonal(block, offset=offset)
-            self.trace[i] += float(diagonal.sum())
-        if self.shift[i]:
-            block -= self.shift[i]
-        if count and self.unbiased:
-            diagonal.zero_()
-        return block.to(self.home)
+        block = block.to(self.home)
+        own = None
+        if max(rows.start, columns.start) < min(rows.stop, columns.stop):
+            own = torch.diagonal(block, offset=rows.start - columns.start)
+            self.trace[i] += float(own.sum())
+        shift = self.shift[i]
+        if isinstance(shift, Tensor):
+            block -= shift[rows, None]
+            block -= shift[columns]
+        elif shift:
+            block -= 2 * shift
+        if own is not None and self.unbiased:
+            own.zero_()
+        return block
 
     def _run(self) -> None:
         for g, (start, stop) in enumerate(self.bounds):
@@ -211,7 +249,9 @@ class TiledSums:
             n = n - (stop - start)
         h = hsic_from_sums(a, rows, n, unbiased=self.unbiased).cpu().numpy()
         floor = rounding_floor(self.trace, self.eps, self.n, unbiased=self.unbiased).numpy()
-        return h, floor
+        pairs = n * (n - 3) if self.unbiased else (n - 1) ** 2
+        lost = _SUM_EPS * torch.diagonal(a).cpu().numpy() / pairs
+        return h, np.maximum(floor, lost)
 
 
 def tiled_result(sums: TiledSums) -> tuple[Array, Array, int]:

@@ -147,7 +147,7 @@ def _from_scratch(args: argparse.Namespace) -> None:
             resume=args.resume,
             progress=not args.quiet,
         )
-        report = _described(report, {"model": _about(loaded)})
+        report = _described(report, {"model": _about(loaded, args)})
         choice = _choose(args, report, loaded, cuts, scales)
         report.save(folder / REPORT)
         _write(choice, folder)

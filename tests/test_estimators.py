@@ -7,6 +7,7 @@ import torch
 from scipy import stats
 
 from cka_probe.estimators import Exact, Minibatch
+from cka_probe.memory import exact_bytes
 
 
 def features(n, m=3, d=8, seed=0):
@@ -204,3 +205,37 @@ def test_one_group_has_no_error_bar():
     assert np.isnan(result.stderr[0, 1])
     assert fill(Exact(), features(7), [0, 7]).result().groups == 1
     assert fill(Exact(), features(16), [0, 16]).result().groups == 4
+
+
+def test_the_bandwidth_is_that_of_256_images_within_their_batches():
+    x, y = (torch.randn(400, 7, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+    y[256:] *= 9  # the third batch holds images 200 to 299
+    whole = Minibatch(4, kernel="rbf")
+    for b, rows in enumerate(torch.arange(400).split(100)):
+        whole.put("x", x[rows])
+        whole.put("y", y[rows])
+        whole.close_batch(b)
+    parts = [y[:100], y[100:200], y[200:256]]
+    d = np.concatenate([np.asarray(torch.pdist(part.double())) for part in parts])
+    assert whole.sigma["y"] == pytest.approx(np.median(d), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kernel", ["linear", "rbf"])
+@pytest.mark.parametrize("n", [20, 50])
+def test_spooled_features_give_the_cka_of_those_in_memory(n, kernel, dtype, tmp_path):
+    features = {d: torch.randn(n, d, dtype=dtype).mul(3).add(5) for d in (9, 6000)}
+    # less than the features of all images take, more than the Grams do
+    need = exact_bytes(n, [(d, dtype.itemsize) for d in features], groups=4)
+    found = []
+    for memory in (None, need - 1):
+        one = Exact(kernel=kernel, memory=memory, n_images=n, folder=tmp_path, groups=4)
+        for key, x in features.items():
+            one.put(key, x)
+        one.close_batch(0)
+        assert (one.spool is not None) == (memory is not None)
+        found.append(one.result())
+    assert found[1].cka == pytest.approx(found[0].cka, abs=1e-6)
+    assert found[1].stderr == pytest.approx(found[0].stderr, abs=1e-6)
+    truth = oracle.cka(*(x.double().numpy() for x in features.values()), kernel)
+    assert found[0].cka[0, 1] == pytest.approx(truth, abs=1e-6)

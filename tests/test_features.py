@@ -5,7 +5,7 @@ import oracle
 import pytest
 import torch
 
-from cka_probe import DegenerateWarning, cka, cka_matrix, permutation_test
+from cka_probe import DegenerateWarning, cka, cka_loss, cka_matrix, permutation_test
 
 
 def pair(n=60, p=12, q=9, shared=4, seed=0):
@@ -137,3 +137,51 @@ def test_permutation_test_repeats_and_leaves_the_global_state():
         permutation_test(x, y, n=0)
     with pytest.warns(DegenerateWarning):
         assert np.isnan(permutation_test(torch.zeros(20, 3), y)[1])
+
+
+def test_ties_count_whatever_the_sign_of_the_observed_value():
+    x, y = np.repeat([0.0, 1.0], 10)[:, None], np.tile([0.0, 1.0], 10)[:, None]
+    value, p = permutation_test(x, y, n=99)
+    assert value < 0  # as even as can be: no order of the images makes them less alike
+    assert p == 1
+
+
+def test_permutation_test_of_a_kernel_of_ones_own_is_of_the_cka_that_it_returns():
+    def kernel(a, b):
+        return torch.exp(-torch.cdist(a.double(), b.double()).square() / 2)
+
+    rng = np.random.default_rng(0)
+    x, y = (scale * rng.normal(size=(24, 5)) for scale in (0.3, 0.6))
+    value, p = permutation_test(x, y, n=60, kernel=kernel, seed=4)
+    assert value == cka(x, y, kernel=kernel)
+    generator = torch.Generator().manual_seed(4)
+    orders = [torch.randperm(24, generator=generator).numpy() for _ in range(60)]
+    at_least = sum(cka(x, y[order], kernel=kernel) >= value - 1e-12 for order in orders)
+    assert 0 < at_least < 60
+    assert p == (1 + at_least) / 61
+
+
+def test_arrays_that_torch_does_not_take_as_they_are():
+    x, y = (z.double().numpy() for z in pair())
+    value = cka(x, y)
+    fixed = np.broadcast_to(x, x.shape)
+    assert not fixed.flags.writeable
+    swapped, wide = x.astype(">f8"), x.astype(np.longdouble)
+    for same in (x[::-1][::-1], np.asfortranarray(x), swapped, fixed, wide):
+        assert cka(same, y) == value
+    assert cka(x[::-1], y[::-1]) == pytest.approx(value, abs=1e-12)
+    eight = torch.tensor(x).to(torch.float8_e4m3fn)
+    assert cka(eight, y) == cka(eight.float(), y)
+    assert np.isfinite(cka((10 * x).astype(">i4"), y))
+
+
+@pytest.mark.parametrize("bandwidth", [0, -1.0, float("nan"), float("inf")])
+def test_a_bandwidth_that_is_none_is_refused(bandwidth):
+    x, y = pair()
+    calls = (lambda: cka(x, y, kernel="rbf", bandwidth=bandwidth),
+             lambda: cka_matrix({"x": x}, kernel="rbf", bandwidth=bandwidth),
+             lambda: permutation_test(x, y, 3, kernel="rbf", bandwidth=bandwidth),
+             lambda: cka_loss(x, y, kernel="rbf", bandwidth=bandwidth))  # fmt: skip
+    for call in calls:
+        with pytest.raises(ValueError, match=r"bad bandwidth: .*: give a fraction above 0"):
+            call()

@@ -23,7 +23,7 @@ LEVELS = {
         "lettering": 0,
         "rows": 0, "project": 0, "fingerprints": 0, "own_kernel": 0,
         "interrupts": 0, "report_checks": 0,
-        "link": 0, "scales": 0, "ranks": 0, "gemm": 0,
+        "bandwidth": 0, "link": 0, "scales": 0, "ranks": 0, "gemm": 0,
         "device": 1, "layers": 1, "views": 1, "tiles": 1, "report": 1, "weights": 1, "glyphs": 1,
         "estimator_base": 1, "spool": 1, "sketch_sums": 1,
         "glyphnet": 2, "collect": 2, "sources": 2, "asked": 2, "exact": 2, "sketch": 2,

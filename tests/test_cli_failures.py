@@ -1,0 +1,168 @@
+"""What a run that fails or is interrupted leaves behind, and what is said of what was left out."""
+
+import errno
+import json
+
+import numpy as np
+import pytest
+from shell import furnish, words
+
+from cka_probe import Report, state
+from cka_probe.cli import main
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return furnish(tmp_path_factory.mktemp("cli"))
+
+
+def drawing_fails(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("cka_probe.plot.save_figure", fail)
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_an_interruption_while_drawing_costs_no_forward(place, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "o"
+    with monkeypatch.context() as patch:
+        drawing_fails(patch, KeyboardInterrupt())
+        assert main(words(place, out, "--quiet")) == 130
+    assert "run again with --resume" in capsys.readouterr().err
+    assert [p.name for p in out.iterdir()] == ["report.npz"]
+    with monkeypatch.context() as patch:
+        patch.setattr("cka_probe.forwards.Forwards.take", None)  # not one
+        assert main(words(place, out, "--quiet", "--resume")) == 0
+    assert len(files(out)) == 5
+
+
+def test_a_failure_while_drawing_leaves_what_was_there(place, tmp_path, monkeypatch):
+    out = tmp_path / "deep" / "below" / "o"
+    with monkeypatch.context() as patch:
+        drawing_fails(patch, OSError(errno.ENOSPC, "No space left on device"))
+        assert main(words(place, out, "--quiet")) == 2
+    assert not (tmp_path / "deep").exists()
+    assert main(words(place, out, "--quiet")) == 0
+    before = files(out)
+    other = words(place, out, "--quiet", "--overwrite", "--seed", "3")
+    with monkeypatch.context() as patch:
+        drawing_fails(patch, OSError(errno.ENOSPC, "No space left on device"))
+        assert main(other) == 2
+    assert files(out) == before
+    with monkeypatch.context() as patch:  # interrupted: the new run is kept, nothing of the old
+        drawing_fails(patch, KeyboardInterrupt())
+        assert main(other) == 130
+    assert list(files(out)) == ["report.npz"]
+    assert files(out)["report.npz"] != before["report.npz"]
+
+
+def test_bad_input_in_mid_run_leaves_no_state(place, tmp_path, monkeypatch, capsys):
+    import shutil
+
+    photos, out = tmp_path / "photos", tmp_path / "o"
+    shutil.copytree(place / "photos", photos)
+    argv = words(place, out, "--quiet", "--batch-size", "4")
+    argv[argv.index("--data") + 1] = str(photos)
+    monkeypatch.setattr(state, "SAVE_EVERY_S", 0.0)
+    saved = []
+    save = state.Saver.save
+    monkeypatch.setattr(state.Saver, "save", lambda *a: saved.append(1) or save(*a))
+    victim = photos / "sub" / "1.png"
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:200])
+    seeds = [k for k in range(8) if fails_late(argv, saved, k)]
+    assert seeds  # some order has the bad image after a batch that was saved
+    assert not out.exists()
+    # but what an interrupted run saved before stays, whatever becomes of the next try
+    victim.write_bytes(whole)
+
+    def interrupted(*a):
+        save(*a)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(state.Saver, "save", interrupted)
+    assert main(argv) == 130
+    assert "state.npz" in files(out)
+    assert main([*argv, "--resume", "--seed", "9"]) == 2
+    assert "seed" in capsys.readouterr().err
+    assert "state.npz" in files(out)
+
+
+def fails_late(argv, saved, seed):
+    saved.clear()
+    assert main([*argv, "--seed", str(seed)]) == 2
+    return bool(saved)
+
+
+def test_images_that_could_be_read_are_not_called_unreadable(place, tmp_path, capsys):
+    import shutil
+
+    photos, out = tmp_path / "photos", tmp_path / "o"
+    shutil.copytree(place / "photos", photos)
+    (photos / "sub" / "1.png").write_bytes(b"no image")
+    argv = words(place, out, "--quiet", "--skip-bad", "--batch-size", "4")
+    argv[argv.index("--data") + 1] = str(photos)
+    assert main(argv) == 0
+    lost, few = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert lost == "cka-probe: left out, unreadable: sub/1.png"
+    meta = Report.load(out / "report.npz").meta
+    assert meta["n_images"] == 16
+    assert len(meta["left_out"]) == 4
+    assert "sub/1.png" not in meta["left_out_readable"]
+    assert set(few.partition("batch: ")[2].split(", ")) == set(meta["left_out_readable"])
+    assert len(meta["left_out_readable"]) == 3
+
+
+def test_arguments_of_the_network_are_in_the_report(place, tmp_path):
+    out = tmp_path / "o"
+    assert main(words(place, out, "--quiet", "--model-arg", "slow=0.0")) == 0
+    assert Report.load(out / "report.npz").meta["model"]["args"] == {"slow": 0.0}
+    assert "slow" in json.dumps(Report.load(out / "report.npz").meta)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--layers", "-foo"], "-foo"),
+        (["--model-arg", "-x=3"], "-x"),
+        (["--scal", "-4,8"], "-4"),
+        (["--batch-size", "-3"], "-3"),
+    ],
+)
+def test_values_that_begin_with_a_dash_are_told(place, tmp_path, capsys, more, said):
+    argv = words(place, tmp_path / "o")
+    if more[0] == "--scal":
+        at = argv.index("--scales")
+        del argv[at : at + 2]
+    assert main([*argv, *more]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert said in error
+    assert "expected" not in error
+
+
+def test_an_out_that_begins_with_a_dash(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = words(place, "-a=b", "--quiet")
+    assert main(argv) == 0
+    assert (tmp_path / "-a=b" / "report.npz").exists()
+
+
+def test_a_reference_needs_scales_and_buffers_that_are_not_saved_count():
+    import torch
+
+    from cka_probe import probe
+    from cka_probe.provenance import model_sha256
+
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    net.register_buffer("mask", torch.ones(3), persistent=False)
+    images = torch.rand(8, 3, 2, 2)
+    with pytest.raises(ValueError, match="reference without scales: 'foo'"):
+        probe(net, images, reference="foo", progress=False)
+    before = model_sha256(net)
+    net.mask[0] = 2
+    assert model_sha256(net) != before
+    assert np.isfinite(probe(net, images, progress=False, layers=["1"], batch_size=4).cka).all()
