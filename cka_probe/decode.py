@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-__all__ = ["ImageError", "decode", "fetch", "float_images", "from_item", "from_pil"]
+__all__ = ["SKIP", "ImageError", "decode", "fetch", "float_images", "from_item", "from_pil"]
 __all__ += ["image_files", "one_line", "read_item"]
 
 _EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 )
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-_SKIP = "use skip_bad=True (--skip-bad) to go on without such files"
+SKIP = "use skip_bad=True (--skip-bad) to go on without such files"
 _INTEGER = "convert them, x.float() / 255, and give mean= and std= if the network wants them"
 _WANTED = (
     "return a PIL image, a uint8 (h, w, 3) array or a float (c, h, w) tensor, first in a tuple"
@@ -80,7 +80,7 @@ def _unreadable(label: str, error: BaseException) -> ImageError:
     Returns:
         The error to raise.
     """
-    return ImageError(f"cannot read image: {label!r}: {one_line(error)}; {_SKIP}")
+    return ImageError(f"cannot read image: {label!r}: {one_line(error)}; {SKIP}")
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_NAMES = ("cka-probe", "cka_probe")
+_NAMES = {"cka-probe": "cka-probe", "cka_probe": "cka-probe", "msun": "msun"}
 
 
 @contextmanager
@@ -14,15 +14,17 @@ def told() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if not _is_ours(sys.orig_argv):
+        ours = _ours(sys.orig_argv)
+        if ours is None:
             raise
-        sys.stderr.write("cka-probe: interrupted: Ctrl-C: nothing was saved, run again\n")
+        sys.stderr.write(f"{ours}: interrupted: Ctrl-C: nothing was saved, run again\n")
         raise SystemExit(130) from None
 
 
-def _is_ours(words: list[str]) -> bool:
-    """Whether a process is `python -m cka_probe`, or the script that is installed."""
+def _ours(words: list[str]) -> str | None:
+    """Which program a process is: `python -m cka_probe`, or a script that is installed."""
     for k, word in enumerate(words[1:], 1):
         if not word.startswith("-"):
-            return Path(word).name in _NAMES and (words[k - 1] == "-m" or "/" in word)
-    return False
+            known = words[k - 1] == "-m" or "/" in word
+            return _NAMES.get(Path(word).name) if known else None
+    return None

@@ -2,7 +2,15 @@
 
 import sys
 
-from msun.cli import main
+from cka_probe.interrupts import told
+
+
+def entry() -> int:
+    """Load the command line and run it."""
+    with told():
+        from msun.cli import main
+    return main()
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(entry())

@@ -14,6 +14,7 @@ from cka_probe.layers import unwrap
 from cka_probe.models import LoadedModel
 from msun.costs import Shadow
 from msun.cut import cut, example_images, find_cuts
+from msun.losses import RAW_TAU
 from msun.model import MSUN, Origin
 from msun.norms import install
 from msun.paper import Recipe, hand_made, recipe_of
@@ -106,6 +107,8 @@ def build(
         install(own)
     install(tail, private)
     made = f"hand-made as in the paper: {recipe.name}" if recipe else "strides taken out"
+    if recipe is not None and recipe.tau != RAW_TAU:
+        known["tau"] = recipe.tau
     net = MSUN(
         heads,
         tail,

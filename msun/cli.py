@@ -9,15 +9,20 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from cka_probe.cli import _joined, _Parser
 from cka_probe.cli_commands import version_line
 from cka_probe.cli_output import explain
 from cka_probe.link import LostRankError
+from cka_probe.probe_run import REPORT
 from cka_probe.ranks import may_speak
+from cka_probe.state import STATE as PROBED
 from msun import cli_build, cli_cuts, cli_demo, cli_eval, cli_suggest, cli_train
+from msun.train_state import STATE
 
 PROG = "msun"
+SAVED = {"train": (STATE,), "suggest": (PROBED, REPORT)}  # what an interrupted command goes on from
 COMMANDS = (
     cli_cuts,
     cli_suggest,
@@ -52,16 +57,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1, 2 or 130.
     """
-    parser = build_parser()
+    parser, args = build_parser(), argparse.Namespace()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            args = parser.parse_args(_joined(sys.argv[1:] if argv is None else argv, parser))
+            words = _joined(sys.argv[1:] if argv is None else argv, parser)
+            args = parser.parse_args(words, args)
             args.call(args)
     except SystemExit as stop:  # --help, --version
         return int(stop.code or 0)
     except KeyboardInterrupt:
-        return _fail("interrupted: Ctrl-C: run again", 130)
+        return _fail(f"interrupted: Ctrl-C: {_way_on(args)}", 130)
     except LostRankError as error:
         return 1 if error.told else _fail(str(error), 1)
     except BrokenPipeError:
@@ -73,6 +79,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         kind = type(error).__name__
         return _fail(f"unexpected {kind}: {error}: set MSUN_DEBUG=1 for the traceback", 1)
     return 0
+
+
+def _way_on(args: argparse.Namespace) -> str:
+    """What can be done after an interruption: go on, or begin anew."""
+    names = SAVED.get(getattr(args, "command", None) or "", ())
+    out = getattr(args, "out", None)
+    if out is not None and any((Path(out).expanduser() / name).exists() for name in names):
+        return "run again with --resume to continue"
+    return "run again"
 
 
 def _fail(message: str, status: int) -> int:

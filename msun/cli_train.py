@@ -21,7 +21,7 @@ from msun.recipe import TrainConfig
 from msun.split import check_options, suggest_split
 from msun.split_choice import SplitChoice
 from msun.train import train
-from msun.train_state import CONFIG, METRICS, read_config, read_metrics
+from msun.train_state import CONFIG, METRICS, MODEL, STATE, read_config, read_metrics
 
 AUTO, SPLIT = "auto", "split.json"
 PROBED = 512  # images that --at auto looks at
@@ -133,9 +133,12 @@ def train_network(args: argparse.Namespace) -> None:
         if talks and choice is not None:
             print(f"{choice.headline}\n{choice.why}", flush=True)
     model = build_network(args)
-    path = train(model, data, config)
-    if choice is not None and first:
-        choice.save(path.parent / SPLIT)
+    try:
+        path = train(model, data, config)
+    finally:  # an interrupted run goes on with the cut that was chosen
+        out = Path(config.out).expanduser()
+        if choice is not None and first and any((out / name).exists() for name in (MODEL, STATE)):
+            choice.save(out / SPLIT)
     if talks:
         _tell(path)
 

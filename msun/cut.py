@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from cka_probe.layers import module_paths, unwrap
+from msun.observe import drops_in_place, last_inside, observe, overwrites
 from msun.parts import Flow, Part, hold, part
-from msun.trace import last_inside, observe, trace
+from msun.trace import trace
 
 __all__ = ["Cut", "cut", "cut_points", "example_images", "find_cuts", "heads"]
 
@@ -158,6 +159,10 @@ class _Survey:
         self.n = len(x)
         self.at = self._resolved(at, x) if at is not None else ""
         self.seen = observe(self.model, self.traces[False], x, self.outputs.get(self.at))
+        self.overwritten = {False: self.seen.overwritten, True: self.seen.overwritten}
+        if self.at in self.traces[True].outputs and drops_in_place(self.model):
+            value = self.value(self.at, True)
+            self.overwritten[True] |= overwrites(self.model, self.traces[True], x, value)
 
     def _check(self, at: str | None) -> None:
         if not isinstance(at, str | None):
@@ -232,7 +237,7 @@ class _Survey:
                 flow,
                 self.value(at, mode),
                 batch_first=self.batch_first(at),
-                copies=self.seen.overwritten,
+                copies=self.overwritten[mode],
             )
         constants = self.traces[True].constants | self.traces[False].constants
         head, tail = Part(model, heads, constants), Part(model, tails, constants)

@@ -126,7 +126,11 @@ class _Folder(Labelled):
 
     def load(self, i: int, epoch: int = 0) -> tuple[Tensor, int]:
         """Decode one file: (3, h, w) float32 in 0..1, and its class."""
-        return decode.decode(self._root / self._ids[i], self._ids[i]), self._labels[i]
+        try:
+            return decode.decode(self._root / self._ids[i], self._ids[i]), self._labels[i]
+        except decode.ImageError as error:  # every image counts here: none can be passed over
+            text = str(error).removesuffix(f"; {decode.SKIP}")
+            raise decode.ImageError(f"{text}; mend the file or remove it") from error
 
     def fingerprint(self) -> str:
         """Over classes, relative paths and file sizes; -1 for a file that has gone."""
@@ -320,6 +324,8 @@ def open_labelled(
     if isinstance(data, str) and data == "glyphs":
         chosen = split or "train"
         n = n_images if n_images is not None else _GLYPHS.get(chosen, 1)
+        if n < 1:
+            raise ValueError(f"too few images: {n} of 'glyphs': give at least 1")
         return _Glyphs(chosen, n, seed)
     if isinstance(data, str | os.PathLike):
         return _Folder(Path(data).expanduser(), split, n_images, seed)

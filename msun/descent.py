@@ -62,6 +62,8 @@ class Descent:
     ) -> None:
         self.model, self.config, self.ranks, self.device = model, config, ranks, device
         self.total, self.kind, self.rows, self.shards = total, kind, rows, shards
+        own = (model.spec or {}).get("tau") if kind == "raw" else None
+        self.tau = own if config.tau is None else config.tau
         self.warmup = round(config.warmup * total)
         after = config.distill_after
         self.distill_from = self.warmup if after is None else round(after * total)
@@ -152,7 +154,7 @@ class Descent:
             for side, x in logits.items()
         }
         loss = torch.stack(list(parts.values())).sum()
-        for (a, b), value in constraint_pairs(zs, self.kind, tau=config.tau).items():
+        for (a, b), value in constraint_pairs(zs, self.kind, tau=self.tau).items():
             parts[f"constraint_{a}_{b}"] = value
             loss = loss + config.constraint_weight * value.to(loss.dtype)
         if config.distill and self.step >= self.distill_from:

@@ -14,6 +14,7 @@ import torchvision
 from torch import nn
 from torchvision.models import densenet, mobilenetv2, resnet, vgg
 
+from msun.losses import RAW_TAU
 from msun.parts import Part
 from msun.subnets import centred, resampled
 from msun.surgery import like_old
@@ -55,12 +56,14 @@ class Recipe(NamedTuple):
         at: the cut.
         small: what changes at 32 px, by module path.
         middle: what changes at 128 px.
+        tau: below which a part of the raw constraint counts as 0.
     """
 
     name: str
     at: str
     small: Mapping[str, Change]
     middle: Mapping[str, Change]
+    tau: float = RAW_TAU
 
     def at_scale(self, scale: int) -> Mapping[str, Change]:
         """What changes at a scale."""
@@ -79,12 +82,14 @@ _DENSENET = Recipe(
     "features.transition1",
     {"features.conv0": Kernel(3, 2), "features.pool0": None},
     {"features.conv0": Kernel(5, 2)},
+    tau=0.001,
 )
 _VGG = Recipe(
     "vgg16_bn",
     "features.23",
     {"features.6": Stride(1), "features.13": Stride(1), "features.23": Stride(1)},
     {"features.23": Stride(1)},
+    tau=0.001,
 )
 _MOBILENET = Recipe(
     "mobilenet_v2",
@@ -181,5 +186,6 @@ def _convolution(old: Any, kernel: Kernel, resample: bool) -> nn.Conv2d:
     )
     with torch.no_grad():
         new.weight.copy_((resampled if resample else centred)(weight, size))
+    new.weight.requires_grad_(weight.requires_grad)
     new.train(old.training)
     return new

@@ -39,8 +39,9 @@ class Policy:
             image that is enlarged costs what its scale costs; resizes are antialiased.
         strides: which strided steps of a head a small subnet loses, its "last" ones or its "first";
             the latter keeps every pixel for longer and costs more. One and the same where all go.
-            A stride of 3 or 7 has no divisor and goes whole: where it stands first, a small scale
-            can then cost more than the reference.
+            A stride of 3 or 7 has no divisor and goes whole, and one that goes early can give a
+            grid that is finer than wanted up to the cut: a scale near the reference can then cost
+            more than it, up to 1.2 times (AlexNet cut after features.11, 124 and 224 px).
         antialias: whether maps are shrunk to the merge grid with antialiasing.
         constraint: what training pulls together by default: "raw" or "normalised" features.
     """

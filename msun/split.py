@@ -14,9 +14,9 @@ from cka_probe.report import Report
 from msun.curves import Curve, Verdict
 from msun.cut import Cut
 from msun.split_choice import SplitChoice
-from msun.split_rules import Rule, get_rule
+from msun.split_rules import SPLIT_RULES, Rule, get_rule
 
-__all__ = ["check_options", "suggest_split"]
+__all__ = ["SPLIT_RULES", "check_options", "suggest_split"]
 
 _NAMED = 6  # cuts in a list before "and N more"
 _RUN = re.compile("#[0-9]+$")

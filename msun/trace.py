@@ -8,24 +8,20 @@ from __future__ import annotations
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
-import torch
 import torchvision
 from torch import Tensor, fx, nn
-from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.nn.parameter import is_lazy
 from torchvision.models.feature_extraction import NodePathTracer
 
-from cka_probe.collect import preserved_rng
 from cka_probe.decode import one_line
 
-__all__ = ["Observation", "Trace", "last_inside", "observe", "trace"]
+__all__ = ["Trace", "attached", "trace", "unchanged"]
 
-_PLAIN: dict[type, type] = {immutable_list: list, immutable_dict: dict}  # as fx keeps them
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -43,20 +39,6 @@ class Trace(NamedTuple):
     outputs: dict[str, fx.Node]
     places: dict[fx.Node, str]
     constants: dict[str, Tensor]
-
-
-class Observation(NamedTuple):
-    """What the eval graph did with an example.
-
-    Attributes:
-        shapes: value -> its shape, (n, ...), where it is a tensor.
-        same: value -> the earlier value that it is, untouched: identity, or dropout in eval mode.
-        overwritten: whether a later in-place operation changed the value that was watched.
-    """
-
-    shapes: dict[fx.Node, tuple[int, ...]]
-    same: dict[fx.Node, fx.Node]
-    overwritten: bool
 
 
 class _State(fx.Proxy):
@@ -163,7 +145,7 @@ def trace(model: nn.Module) -> dict[bool, Trace]:
         for mode in (True, False):
             tracer = _Tracer(opaque, buffers)
             try:
-                with _unchanged(model), _attached(model, known):
+                with unchanged(model), attached(model, known):
                     model.train(mode)
                     graph = tracer.trace(model)
                     constants = {
@@ -189,122 +171,8 @@ def trace(model: nn.Module) -> dict[bool, Trace]:
             return traces
 
 
-def observe(
-    model: nn.Module, traced: Trace, x: Tensor, watch: fx.Node | None = None
-) -> Observation:
-    """Run the eval graph on images, and check it against the network.
-
-    Args:
-        model: the network.
-        traced: its eval mode.
-        x: images (n, c, h, w).
-        watch: the value of which to tell whether it is overwritten.
-
-    Raises:
-        ValueError: the network cannot take x, or the graph computes something else.
-    """
-    with _unchanged(model), _attached(model, traced.constants), torch.no_grad():
-        model.eval()
-        try:
-            with preserved_rng():
-                wanted = model(x.clone())
-        except Exception as error:
-            raise ValueError(
-                f"the network cannot take these images: {tuple(x.shape)}, {one_line(error)}: give "
-                "another example"
-            ) from error
-        run = _Observer(model, traced, watch)
-        with preserved_rng():
-            got = run.run(x.clone())
-    if not _equal(wanted, got):
-        raise ValueError(
-            f"the recorded network computes something else: {type(model).__name__}: its forward "
-            "must not depend on the type of its input or on Python's own state"
-        )
-    changed = watch in run.versions and run.versions[watch] != run.kept[0]._version
-    return Observation(run.shapes, run.same, changed)
-
-
-def last_inside(model: nn.Module, path: str, x: Tensor) -> set[str]:
-    """The modules inside one that is kept whole that put out last what it puts out.
-
-    Args:
-        model: the network.
-        path: the module that is kept whole.
-        x: images (n, c, h, w).
-    """
-    finished: list[tuple[str, Any]] = []
-    found: set[str] = set()
-
-    def note(inner: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, out: Any) -> None:
-            if inner != path:
-                finished.append((inner, out))
-                return
-            outer = ""
-            for name, value in reversed(finished):
-                if value is not out or not name.startswith(outer):
-                    break
-                found.add(name)
-                outer = f"{name}."
-            finished.clear()
-
-        return hook
-
-    handles = [
-        module.register_forward_hook(note(f"{path}.{name}" if name else path))
-        for name, module in model.get_submodule(path).named_modules()
-    ]
-    try:
-        with _unchanged(model), preserved_rng(), torch.no_grad():
-            model.eval()(x.clone())
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-class _Observer(fx.Interpreter):
-    def __init__(self, model: nn.Module, traced: Trace, watch: fx.Node | None) -> None:
-        super().__init__(model, graph=traced.graph)
-        self.watch = watch
-        self.kept: list[Tensor] = []
-        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
-        self.same: dict[fx.Node, fx.Node] = {}
-        self.versions: dict[fx.Node | None, int] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.shapes[n] = tuple(value.shape)
-            self.versions[n] = value._version
-            if n is self.watch:
-                self.kept.append(value)
-            for a in n.all_input_nodes:
-                if self.env[a] is value and self.versions[a] == value._version:
-                    self.same[n] = self.same.get(a, a)
-        return value
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        same = a.shape == b.shape and a.dtype == b.dtype
-        tolerance = 0.0 if a.is_cpu else 1e-3  # elsewhere two runs may take different kernels
-        return same and (
-            a.is_meta or torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
-        )
-    kind_a, kind_b = (_PLAIN.get(type(value), type(value)) for value in (a, b))
-    if kind_a is not kind_b:
-        return False
-    if isinstance(a, Mapping) and (list(a) != list(b) or not all(_equal(a[k], b[k]) for k in a)):
-        return False
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    return not is_dataclass(a) or _equal(vars(a), vars(b))
-
-
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Iterator[None]:
     """Every module's attributes are put back on exit: training flags, caches, what fx adds."""
     before = []
     for module in model.modules():
@@ -322,7 +190,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _attached(model: nn.Module, constants: dict[str, Tensor]) -> Iterator[None]:
+def attached(model: nn.Module, constants: dict[str, Tensor]) -> Iterator[None]:
     """The graph's constants stand on the network, where fx looks for them."""
     vars(model).update(constants)
     try:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cka_probe.decode import one_line
 from cka_probe.files import plain
 from cka_probe.images import order
 from cka_probe.progress import progress_bar
@@ -54,17 +55,28 @@ def train(model: MSUN, data: Any, config: TrainConfig) -> Path:
         ValueError: Bad input, a run that is there already, a saved state of another run; or a
             loss or gradient that is not finite, with its step and the last saved state.
     """
-    device = own_device(torch.device(config.device or next(model.parameters()).device))
+    device = _device(model, config.device)
     modes = [(module, module.training) for module in model.modules()]
     try:
         with started(device, timeout=None) as ranks:
-            run = _Run(model.to(device), data, config, device, ranks)
+            run = _Run(model, data, config, device, ranks)
             if not run.prepared():
                 run.execute()
             return run.out / MODEL
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def _device(model: MSUN, asked: str | None) -> torch.device:
+    """Where to train; the network is put there."""
+    try:
+        device = own_device(torch.device(asked or next(model.parameters()).device))
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        text = f"cannot use device: {asked!r}, {one_line(error)}"
+        raise ValueError(f"{text}: leave device (--device) out") from None
+    return device
 
 
 class _Run:
@@ -111,7 +123,7 @@ class _Run:
             device=device,
         )  # fmt: skip
         self.table: list[dict[str, Any]] = []
-        self.seconds, self.saved_step, self.made = 0.0, 0, False
+        self.seconds, self.saved_step, self.made = 0.0, 0, list[Path]()
 
     def _steps_an_epoch(self, shards: int) -> int:
         """Whole batches only."""
@@ -176,6 +188,7 @@ class _Run:
         if config.resume and MODEL in there:
             refuse_other(train_state.read_config(out).get("run", {}), self.run, "finished run")
             checkpoint.load_into(self.model, out / MODEL)
+            self.model.spec = dict(checkpoint.read(out / MODEL)["network"]["spec"])
             return True
         state = train_state.load_state(out, self.run) if config.resume else None
         for norm in norms.sized_norms(self.model):  # statistics of other weights
@@ -187,7 +200,7 @@ class _Run:
             self.saved_step = self.descent.step
         self.ranks.spread([*self.model.parameters(), *self.model.buffers()])  # all have read
         if self.ranks.first:
-            self.made = not out.exists()
+            self.made = [path for path in (out, *out.parents) if not path.exists()]
             out.mkdir(parents=True, exist_ok=True)
             for name in () if config.resume else (MODEL, STATE, METRICS, CONFIG):
                 (out / name).unlink(missing_ok=True)
@@ -246,9 +259,9 @@ class _Run:
         """Where a run ends before anything was saved, the folder is as it was."""
         if self.ranks.first and self.descent.step < self.total and not self.saved_step:
             (self.out / CONFIG).unlink(missing_ok=True)
-            if self.made:
+            for path in self.made:
                 with suppress(OSError):  # somebody else put something there
-                    self.out.rmdir()
+                    path.rmdir()
 
     def _way_out(self) -> str:
         """What is left of a run that diverged."""

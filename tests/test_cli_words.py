@@ -149,15 +149,16 @@ def test_a_demo_leaves_no_state(tmp_path, monkeypatch):
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("program", ["cka_probe", "msun"])
 @pytest.mark.parametrize("name", ["torch", "seaborn"])
-def test_ctrl_c_while_it_loads(tmp_path, name):
+def test_ctrl_c_while_it_loads(tmp_path, name, program):
     """A module that never finishes to load: of the package itself, and of the command line."""
     (tmp_path / f"{name}.py").write_text(
         "import time\nprint('loading', flush=True)\ntime.sleep(60)\n"
     )
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     process = subprocess.Popen(
-        [sys.executable, "-c", LISTENING, sys.executable, "-m", "cka_probe", "--version"],
+        [sys.executable, "-c", LISTENING, sys.executable, "-m", program, "--version"],
         env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
@@ -165,4 +166,5 @@ def test_ctrl_c_while_it_loads(tmp_path, name):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert error == "cka-probe: interrupted: Ctrl-C: nothing was saved, run again\n"
+    ours = program.replace("_", "-")
+    assert error == f"{ours}: interrupted: Ctrl-C: nothing was saved, run again\n"

@@ -37,6 +37,7 @@ LEVELS = {
     "msun": {
         "trace": 0, "policy": 0, "losses": 0, "data": 0, "costs": 0, "norms": 0, "curves": 0,
         "average": 0, "page": 0, "split_rules": 1, "split_choice": 1, "recipe": 1,
+        "observe": 1,
         "parts": 1, "crops": 1, "cut": 2, "twins": 2, "surgery": 3, "split": 3,
         "settle": 3, "classifier": 3, "plans": 4, "subnets": 4, "paper": 5, "model": 5,
         "between": 6, "build": 6, "agree": 6, "checkpoint": 7, "heads": 7, "calibrate": 8,

@@ -1,12 +1,14 @@
 """The command `msun train`: its files, its words, and one line for each error."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from msun import checkpoint, cli, cli_train
+from msun.descent import Descent
 
 NET = """
 import torch
@@ -121,6 +123,41 @@ def test_auto_takes_what_suggest_would(capsys, tmp_path):
     assert cheap["ranking"][0]["score"] < 0.05 < split["ranking"][0]["score"]
 
 
+def test_ctrl_c_names_what_goes_on(capsys, tmp_path, monkeypatch):
+    """With the cut that was chosen before, which is written down."""
+    words = ["train", "--model", "glyphnet", "--at", "auto", "--scales", "16,32", "--data",
+             "glyphs", "--images", "70", "--max-steps", "4", "--batch-size", "8", "--out",
+             str(tmp_path / "out"), "--quiet"]  # fmt: skip
+    descend = Descent.descend
+
+    def interrupted(self, *args):
+        if self.step == 2:
+            raise KeyboardInterrupt
+        return descend(self, *args)
+
+    monkeypatch.setattr(Descent, "descend", interrupted)
+    assert cli.main([*words, "--save-every", "0"]) == 130
+    said = capsys.readouterr().err
+    assert said == "msun: interrupted: Ctrl-C: run again with --resume to continue\n"
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"state.pt", "split.json"}
+    monkeypatch.setattr(Descent, "descend", descend)
+    assert cli.main([*words, "--resume"]) == 0
+    assert (tmp_path / "out" / "split.json").exists()
+    words[words.index("--out") + 1] = str(tmp_path / "other")
+    monkeypatch.setattr(Descent, "descend", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(words) == 130
+    assert capsys.readouterr().err == "msun: interrupted: Ctrl-C: run again\n"
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_file_that_is_no_image_is_told_with_a_way_out_that_there_is(capsys, words, tmp_path):
+    data = Path(words[words.index("--data") + 1])
+    sorted(data.rglob("*.png"))[0].write_bytes(b"no image")
+    error = refused(capsys, *words)
+    assert "cannot read image" in error
+    assert error.endswith("mend the file or remove it\n")
+
+
 @pytest.mark.parametrize(
     ("more", "text"),
     [
@@ -135,6 +172,8 @@ def test_auto_takes_what_suggest_would(capsys, tmp_path):
         (["--constraint", "soft"], "unknown constraint: 'soft': "),
         (["--amp", "int8"], "unknown amp: 'int8': "),
         (["--split", "dev"], "no such split: 'dev' in "),
+        (["--device", "foo"], "cannot use device: 'foo', "),
+        (["--data", "glyphs", "--images", "0"], "too few images: 0 of 'glyphs': "),
         (["--resume", "--overwrite"], "resume and overwrite: both are on: "),
         (["--scales", "16", "--at", "auto"], "one scale has nothing to be held against: 16: "),
         (["--data", "nowhere"], "no such folder: 'nowhere': "),

@@ -121,3 +121,30 @@ def test_small_kernels_come_from_the_old_one():
         assert small(torch.randn(1, 3, 32, 32)).shape == (1, 256, 34, 34)
     assert isinstance(head.maxpool, nn.MaxPool2d)
     assert hand_made(recipe, head, 224, resample=False).conv1 is head.conv1
+
+
+@pytest.mark.parametrize(
+    ("name", "tau"),
+    [("resnet50", 0.01), ("densenet121", 0.001), ("vgg16_bn", 0.001), ("mobilenet_v2", 0.01)],
+)
+def test_the_raw_constraint_counts_from_the_papers_own_tau(name, tau, tmp_path):
+    from cka_probe.ranks import Ranks
+    from msun.descent import Descent
+    from msun.losses import constraint_pairs
+
+    net, config = built(name, "paper"), msun.TrainConfig(out=tmp_path)
+    how = {"total": 1, "rows": None, "shards": 1, "ranks": Ranks(), "device": torch.device("cpu")}
+    found = Descent(net, config, kind="raw", **how).tau
+    z = torch.zeros(1, 1, 4, 4)
+    for mse, counts in ((0.9 * tau, False), (1.1 * tau, True)):
+        (value,) = constraint_pairs({32: z, 64: z + mse**0.5}, "raw", tau=found).values()
+        assert (value > 0) == counts
+    assert Descent(net, config, kind="normalised", **how).tau is None
+    chosen = msun.TrainConfig(out=tmp_path, tau=0.5)
+    assert Descent(net, chosen, kind="raw", **how).tau == 0.5
+
+
+def test_replaced_convolutions_stay_frozen():
+    net = torchvision.models.resnet50(weights=None).requires_grad_(False)
+    made = msun.build(net, "layer1", SCALES, preset="paper")
+    assert not [name for name, p in made.named_parameters() if p.requires_grad]

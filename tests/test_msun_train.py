@@ -327,6 +327,25 @@ def test_z_is_taken_before_an_in_place_layer(tmp_path):
     train(model, images(), options(tmp_path / "out", max_steps=2))
 
 
+def test_z_is_taken_before_a_dropout_that_writes_in_place(tmp_path):
+    """It writes in training alone, where an eval run cannot see it."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2, padding=1), nn.Dropout2d(0.5, inplace=True),
+        nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4),
+    )  # fmt: skip
+    from msun.build import build
+
+    before = [x.clone() for x in net.buffers()]
+    model = build(net, "0", SCALES).train()
+    assert all(map(torch.equal, net.buffers(), before))  # looked at in training, not changed
+    for side in SCALES:
+        logits, z = model.step(torch.randn(8, 3, side, side), side)
+        assert (z != 0).all()
+        again = model.tail(z)  # and it still drops
+        assert not torch.equal(logits, again)
+    train(model, images(), options(tmp_path / "out", max_steps=2))
+
+
 def test_max_steps_stops_within_an_epoch(tmp_path):
     _, path = run(tmp_path / "out", max_steps=7)
     assert [row["step"] for row in table(path)] == ["5", "7"]

@@ -160,3 +160,10 @@ def test_bad_options_are_named(tmp_path, name, value):
         TrainConfig(out=tmp_path, **{name: value})
     assert re.fullmatch(r"[^:]+: [^:]+: [^:]+", str(caught.value))
     assert replace(TrainConfig(out=tmp_path), epochs=2).epochs == 2
+
+
+def test_a_device_that_is_not_there_is_bad_input(tmp_path):
+    for device in ("foo", "cuda:7"):
+        with pytest.raises(ValueError, match=rf"^cannot use device: '{device}', .*: leave device"):
+            run(tmp_path / "deep" / "out", device=device)
+    assert not (tmp_path / "deep").exists()

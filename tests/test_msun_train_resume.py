@@ -291,6 +291,7 @@ def test_a_finished_run_returns_at_once(tmp_path, monkeypatch):
     assert there == path
     assert path.stat().st_mtime_ns == stamp
     assert same(weights(again), weights(model))
+    assert again.spec == model.spec != {}  # mean, std and classes, which `evaluate` asks for
     with pytest.raises(ValueError, match=r"^finished run of another run: lr was "):
         run(tmp_path / "out", max_steps=2, resume=True, lr=0.01)
 

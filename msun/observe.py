@@ -1,0 +1,180 @@
+"""A recorded network at work on an example: shapes, identities, what is written over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import is_dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
+
+from cka_probe.collect import preserved_rng
+from cka_probe.decode import one_line
+from msun.trace import Trace, attached, unchanged
+
+__all__ = ["Observation", "drops_in_place", "last_inside", "observe", "overwrites"]
+
+_PLAIN: dict[type, type] = {immutable_list: list, immutable_dict: dict}  # as fx keeps them
+
+
+class Observation(NamedTuple):
+    """What the eval graph did with an example.
+
+    Attributes:
+        shapes: value -> its shape, (n, ...), where it is a tensor.
+        same: value -> the earlier value that it is, untouched: identity, or dropout in eval mode.
+        overwritten: whether a later in-place operation changed the value that was watched.
+    """
+
+    shapes: dict[fx.Node, tuple[int, ...]]
+    same: dict[fx.Node, fx.Node]
+    overwritten: bool
+
+
+def observe(
+    model: nn.Module, traced: Trace, x: Tensor, watch: fx.Node | None = None
+) -> Observation:
+    """Run the eval graph on images, and check it against the network.
+
+    Args:
+        model: the network.
+        traced: its eval mode.
+        x: images (n, c, h, w).
+        watch: the value of which to tell whether it is overwritten.
+
+    Raises:
+        ValueError: the network cannot take x, or the graph computes something else.
+    """
+    with unchanged(model), attached(model, traced.constants), torch.no_grad():
+        model.eval()
+        try:
+            with preserved_rng():
+                wanted = model(x.clone())
+        except Exception as error:
+            raise ValueError(
+                f"the network cannot take these images: {tuple(x.shape)}, {one_line(error)}: give "
+                "another example"
+            ) from error
+        run = _Observer(model, traced, watch)
+        with preserved_rng():
+            got = run.run(x.clone())
+    if not _equal(wanted, got):
+        raise ValueError(
+            f"the recorded network computes something else: {type(model).__name__}: its forward "
+            "must not depend on the type of its input or on Python's own state"
+        )
+    changed = watch in run.versions and run.versions[watch] != run.kept[0]._version
+    return Observation(run.shapes, run.same, changed)
+
+
+def drops_in_place(model: nn.Module) -> bool:
+    """Whether a dropout of a network writes over what it is given, in training alone."""
+    drops = (m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
+    return any(drop.inplace for drop in drops)
+
+
+def overwrites(model: nn.Module, traced: Trace, x: Tensor, watch: fx.Node) -> bool:
+    """Whether an in-place operation changes a value of the training graph after it was made.
+
+    A dropout that writes in place does nothing in eval mode. Where the graph cannot be run to its
+    end (a norm that gets one value a channel), what happened before counts.
+
+    Args:
+        model: the network; its buffers are as before afterwards.
+        traced: its training mode.
+        x: images (n, c, h, w).
+        watch: the value.
+    """
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    run = _Observer(model, traced, watch)
+    try:
+        with unchanged(model), attached(model, traced.constants), torch.no_grad():
+            model.train()
+            with preserved_rng(), suppress(Exception):
+                run.run(x.clone())
+    finally:
+        with torch.no_grad():
+            for buffer, before in kept:
+                buffer.copy_(before)
+    return watch in run.versions and run.versions[watch] != run.kept[0]._version
+
+
+def last_inside(model: nn.Module, path: str, x: Tensor) -> set[str]:
+    """The modules inside one that is kept whole that put out last what it puts out.
+
+    Args:
+        model: the network.
+        path: the module that is kept whole.
+        x: images (n, c, h, w).
+    """
+    finished: list[tuple[str, Any]] = []
+    found: set[str] = set()
+
+    def note(inner: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            if inner != path:
+                finished.append((inner, out))
+                return
+            outer = ""
+            for name, value in reversed(finished):
+                if value is not out or not name.startswith(outer):
+                    break
+                found.add(name)
+                outer = f"{name}."
+            finished.clear()
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(note(f"{path}.{name}" if name else path))
+        for name, module in model.get_submodule(path).named_modules()
+    ]
+    try:
+        with unchanged(model), preserved_rng(), torch.no_grad():
+            model.eval()(x.clone())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+class _Observer(fx.Interpreter):
+    def __init__(self, model: nn.Module, traced: Trace, watch: fx.Node | None) -> None:
+        super().__init__(model, graph=traced.graph)
+        self.watch = watch
+        self.kept: list[Tensor] = []
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.same: dict[fx.Node, fx.Node] = {}
+        self.versions: dict[fx.Node | None, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.shapes[n] = tuple(value.shape)
+            self.versions[n] = value._version
+            if n is self.watch:
+                self.kept.append(value)
+            for a in n.all_input_nodes:
+                if self.env[a] is value and self.versions[a] == value._version:
+                    self.same[n] = self.same.get(a, a)
+        return value
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        same = a.shape == b.shape and a.dtype == b.dtype
+        tolerance = 0.0 if a.is_cpu else 1e-3  # elsewhere two runs may take different kernels
+        return same and (
+            a.is_meta or torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+        )
+    kind_a, kind_b = (_PLAIN.get(type(value), type(value)) for value in (a, b))
+    if kind_a is not kind_b:
+        return False
+    if isinstance(a, Mapping) and (list(a) != list(b) or not all(_equal(a[k], b[k]) for k in a)):
+        return False
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return not is_dataclass(a) or _equal(vars(a), vars(b))
