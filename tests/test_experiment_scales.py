@@ -255,7 +255,7 @@ def test_a_run_at_another_cut_is_paired_with_rivals_of_its_budget_at_the_usual_o
     here = bench(tmp_path)
     right = {("lean+small", "layer1", 1.0): 3, ("lean+small", "layer2", 1.0): 4,
              ("d3+small", "layer1", 1.0): 1, ("lean+small", "layer2", 4.0): 2,
-             ("d3+small", "layer1", 4.0): 0}  # fmt: skip
+             ("d3+small", "layer1", 4.0): 0, ("lean+small @16", "layer3", 1.0): 4}  # fmt: skip
     for (arm, cut, budget), hits in right.items():
         run = Run("glyphs", "residual", arm, 0, budget, cut)
         ((label, _),) = run.readings.items()
@@ -269,8 +269,10 @@ def test_a_run_at_another_cut_is_paired_with_rivals_of_its_budget_at_the_usual_o
     here.pair()
     pairs = here.ledger.read("pairs").query("view == '8'")
     assert pairs.set_index(["cut", "budget"])["diff"].to_dict() == {
-        ("layer1", 1.0): 0.5, ("layer2", 1.0): 0.75, ("layer2", 4.0): 0.5
+        ("layer1", 1.0): 0.5, ("layer2", 1.0): 0.75, ("layer2", 4.0): 0.5,
+        ("layer3", 1.0): 0.75,
     }  # fmt: skip
+    # not with `lean` cut elsewhere, whichever of the two ran first
     assert set(pairs["other"]) == {"d3+small, served"}
 
 

@@ -89,3 +89,28 @@ def test_what_is_in_the_ledger_is_what_the_code_would_run_today():
     for (task, net, arm, cut, budget), steps in rows.items():
         run = Run(task, net, arm, 0, float(budget), cut)
         assert steps_of(run, TASKS[task]) == steps, run.key
+
+
+def test_both_sets_stand_side_by_side():
+    import pandas as pd
+
+    from experiments.scales.unread import table
+
+    def pairs(diffs, other="d3+small, served @16"):
+        at = {"task": "glyphs", "net": "residual", "cut": "layer2", "budget": 1.0, "n": 100,
+              "arm": "lean+small, served @16", "other": other, "image_var": 0.0}  # fmt: skip
+        return pd.DataFrame([{**at, "seed": seed, "view": view, "diff": diff}
+                             for view in ("8", "56", "mean", "mixed")
+                             for seed, diff in enumerate(diffs[view == "mixed"])])  # fmt: skip
+
+    read = pairs(([0.01, 0.03], [0.02, 0.02]))
+    new = pairs(([0.03, 0.03, 0.03], [-0.01, -0.01, -0.01]))
+    found = table(read, new).set_index("other")
+    row = found.loc["d3+small, served @16"]
+    assert row["mean"].startswith("+2.00 [-10")  # t of one degree of freedom
+    assert row["mean, unread"] == "+3.00 [+3.00, +3.00]"
+    assert (row["mixed"], row["mixed, unread"]) == (
+        "+2.00 [+2.00, +2.00]", "-1.00 [-1.00, -1.00]")  # fmt: skip
+    assert row["56 px, unread"] == row["mean, unread"]
+    assert row["seeds"] == 3
+    assert (found.loc["g+small, served @16", ["mean", "mean, unread"]] == "").all()

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from experiments.scales import latency, tables, why
+from experiments.scales import latency, tables, unread, why
 from experiments.scales.glance import glance
 from experiments.scales.ledger import Ledger
 from experiments.scales.manifest import CUTS, LINE
@@ -86,6 +86,7 @@ def draw(ledger: Ledger, page: Path) -> None:
     ledger.rewrite("differences", pd.concat(full).round(4))
     blocks["glance"] = markdown(glance(runs))
     blocks["halved"] = markdown(tables.halved(pairs))
+    blocks["unread"] = markdown(unread.table(pairs, ledger.read("unread-pairs")))
     blocks["flat"] = markdown(tables.flatness(runs))
     blocks["rates"] = markdown(tables.rates_table(runs))
     blocks["choices"] = markdown(picks(said))
@@ -214,7 +215,7 @@ def pareto(table: pd.DataFrame) -> Axes:
     """
     _, ax = plt.subplots(figsize=(7.4, 5.4))
     means = table[table["view"] == "mean"].groupby("arm")[["mmacs", "top1"]].mean()
-    trial = means.index.str.contains("fed|between|up|native|always|kd")
+    trial = means.index.str.contains("fed|between|native|always|kd")
     means = means[~trial].sort_values(["mmacs", "top1"], ascending=[True, False])
     front = means[means["top1"] > means["top1"].shift(fill_value=-1).cummax()]
     ax.step(front["mmacs"], front["top1"], where="post", color="#bbbbbb", linewidth=1, zorder=0)

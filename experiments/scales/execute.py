@@ -18,7 +18,7 @@ from torch import nn
 
 from experiments.scales.arms import ARMS, PAIRS, made
 from experiments.scales.ledger import Ledger
-from experiments.scales.manifest import CUT, UNIT, Run, rate_runs, tuning
+from experiments.scales.manifest import CUT, UNIT, Run, moving, rate_runs, tuning
 from experiments.scales.split import choices
 from experiments.scales.stats import paired
 from experiments.scales.tasks import Held, Task, held
@@ -269,9 +269,10 @@ class Bench:
         for group, mine in frame.groupby(list(GROUP)):
             task, net, _, budget, seed = group
             ours = dict(zip(mine["arm"], mine["key"], strict=True))
-            # beside networks at the usual cut, most of which have no subnets that it could move
+            # beside networks at the usual cut, where they have no subnets that it could move
             at = (frame["task"] == task) & (frame["net"] == net) & (frame["seed"] == seed)
             home = frame[at & (frame["budget"] == budget) & (frame["cut"] == CUT)]
+            home = home[~home["run"].isin(moving())]
             others = {**dict(zip(home["arm"], home["key"], strict=True)), **ours}
             rows: list[dict[str, Any]] = []
             for arm, other in product(ours, others):

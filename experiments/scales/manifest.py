@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from experiments.scales.arms import ARMS, BATCH, HALF, TUNED, Arm
 
-__all__ = ["CUT", "RATES", "Run", "manifest", "rate_runs", "rates", "tuning", "unread"]
+__all__ = ["CUT", "RATES", "Run", "manifest", "moving", "rate_runs", "rates", "tuning",
+           "unread"]  # fmt: skip
 
 CUT = "layer1"  # stem and first stage, as the paper cuts ResNet-50
 UNIT = 240_000  # images of the single-scale network: a budget of 1, 12 epochs of 20,000
@@ -202,6 +204,12 @@ def _ordered() -> Iterator[Run]:
         for arm in (*HEADLINE, *ON_CIFAR):
             yield Run("cifar10", "residual", arm, seed)
         yield from _cuts("cifar10", "depthwise", seed)
+
+
+@cache
+def moving() -> frozenset[str]:
+    """The arms that are trained at several cuts: compared at the same one, or not at all."""
+    return frozenset(run.arm for run in manifest() if run.cut != CUT)
 
 
 def unread() -> list[Run]:

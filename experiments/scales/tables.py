@@ -15,8 +15,8 @@ LABELS = tuple(dict.fromkeys(label for arm in ARMS.values() for label in arm.rea
 # what the MSUN must beat, in the order of how much it costs to have them
 JUDGED = f"{DESIGN}, served"
 RIVALS = ("c3, served", "c3, enlarged, served", "d1, served", "d2, served", "d3, served",
-          "d3+small, served", "g, served", "g+small, served")  # fmt: skip
-BESIDE = ("d3+small, served", "g+small, served", "c3, served", "a+bn")  # at the usual cut
+          "d3+small, served", "d3+up, served", "g, served", "g+small, served")  # fmt: skip
+BESIDE = ("d3+small, served", "d3+up, served", "g+small, served", "c3, served", "a+bn")
 GROUP = ["task", "net"]
 
 
@@ -111,18 +111,22 @@ def pair_table(diffs: pd.DataFrame, task: str, net: str, arms: tuple[str, ...]) 
 
 
 def by_cut(pairs: pd.DataFrame, cuts: dict[str, tuple[str, ...]]) -> pd.DataFrame:
-    """The design cut at each place, minus networks at the usual cut: mean over sizes, mixed."""
+    """The design cut at each place, minus networks at the usual cut: mean over sizes, mixed.
+
+    And, where images are routed up, the design so fed.
+    """
     rows = []
     for cut in dict.fromkeys(cut for places in cuts.values() for cut in places):
         found = differences(pairs, cut=cut)
-        found = found[(found["arm"] == JUDGED) & found["other"].isin(BESIDE)]
-        for (task, net, other), part in found.groupby([*GROUP, "other"], sort=False):
+        up = (found["arm"] == "lean+up, served") & (found["other"] == "d3+up, served")
+        found = found[(found["arm"] == JUDGED) & found["other"].isin(BESIDE) | up]
+        for (task, net, arm, other), part in found.groupby([*GROUP, "arm", "other"], sort=False):
             by = part.set_index("view")
-            row = {"task": task, "net": net, "cut": cut, "other": other}
+            row = {"task": task, "net": net, "cut": cut, "arm": arm, "other": other}
             row |= {v: told(by.loc[v]) for v in ("mean", "mixed") if v in by.index}
             rows.append({**row, "seeds": int(part["seeds"].max())})
     table = pd.DataFrame(rows)
-    return table.sort_values([*GROUP, "other"], kind="stable") if rows else table
+    return table.sort_values([*GROUP, "arm", "other"], kind="stable") if rows else table
 
 
 def halved(pairs: pd.DataFrame) -> pd.DataFrame:
