@@ -175,26 +175,24 @@ class TiledSums:
             u: Tensor = own.sum() / (2 * (n - 1) * (n - 2)) - own / (n - 2)
         return u
 
-    def _block(self, i: int, rows: slice, columns: slice) -> Tensor:
+    def _block(self, i: int, rows: slice, columns: slice, out: Tensor) -> None:
         """Gram block of entry i (float64), shifted; zero where the entry is degenerate."""
         if self.constant[i] or self.sigma[i] == 0.0:
-            shape = (rows.stop - rows.start, columns.stop - columns.start)
-            return torch.zeros(shape, dtype=torch.float64, device=self.home)
+            out.zero_()
+            return
         block = self.kernel.finish(self.source.base(i, rows, columns), self.sigma[i])
-        block = block.to(self.home)
-        own = None
-        if max(rows.start, columns.start) < min(rows.stop, columns.stop):
-            own = torch.diagonal(block, offset=rows.start - columns.start)
-            self.trace[i] += float(own.sum())
+        offset = rows.start - columns.start
+        crossed = max(rows.start, columns.start) < min(rows.stop, columns.stop)
+        if crossed:
+            self.trace[i] += float(torch.diagonal(block, offset=offset).sum())
         shift = self.shift[i]
         if isinstance(shift, Tensor):
-            block -= shift[rows, None]
-            block -= shift[columns]
-        elif shift:
-            block -= 2 * shift
-        if own is not None and self.unbiased:
-            own.zero_()
-        return block
+            torch.sub(block.to(self.home), shift[rows, None], out=out)
+            out -= shift[columns]
+        else:
+            torch.sub(block.to(self.home), 2 * shift, out=out)
+        if crossed and self.unbiased:
+            torch.diagonal(out, offset=offset).zero_()
 
     def _run(self) -> None:
         for g, (start, stop) in enumerate(self.bounds):
@@ -211,7 +209,7 @@ class TiledSums:
             shape = (self.m, rows.stop - rows.start, right - left)
             k = torch.empty(shape, dtype=torch.float64, device=self.home)
             for i in range(self.m):
-                k[i] = self._block(i, rows, slice(left, right))
+                self._block(i, rows, slice(left, right), k[i])
             for h in range(first, last):
                 start, stop = self.bounds[h]
                 tile = k[:, :, start - left : stop - left]  # (m, r, c)
