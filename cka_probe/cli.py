@@ -17,7 +17,6 @@ from cka_probe import cli_commands
 from cka_probe.cli_checks import check_words
 from cka_probe.cli_output import explain
 from cka_probe.link import LostRankError
-from cka_probe.probe_run import REPORT
 from cka_probe.ranks import Ranks, launched, may_speak, started
 from cka_probe.state import STATE
 
@@ -273,7 +272,8 @@ def _way_on(args: argparse.Namespace | None) -> str:
     """What can be done after an interruption: go on, or begin anew."""
     out = getattr(args, "out", None)
     resumes = getattr(args, "command", None) in ("run", "compare")
-    if resumes and out is not None and any((Path(out) / name).exists() for name in (STATE, REPORT)):
+    kept = getattr(args, "kept", False) or (out is not None and (Path(out) / STATE).exists())
+    if resumes and kept:
         return "run again with --resume to continue"
     return "nothing was saved, run again"
 

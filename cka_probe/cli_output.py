@@ -54,7 +54,6 @@ def output_folder(args: argparse.Namespace) -> Iterator[Path]:
     if (REPORT in present) and not (args.overwrite or args.resume):
         raise ValueError(f"a report is there already: {folder / REPORT}: add --overwrite, or "
                          "choose another --out")  # fmt: skip
-    saved = [name for name in (STATE, ROWS) if args.resume and (folder / name).exists()]
     report = folder / REPORT
     old = report.read_bytes() if REPORT in present else b""
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,15 +62,17 @@ def output_folder(args: argparse.Namespace) -> Iterator[Path]:
     if args.overwrite and not args.resume:
         for name in (STATE, ROWS):
             (folder / name).unlink(missing_ok=True)
+    saved = [name for name in (STATE, ROWS) if (folder / name).exists()]
     try:
         yield folder
     except BaseException as error:
         gone = set(OUTPUTS) - set(present)
-        if isinstance(error, (ValueError, TypeError)):  # no use in going on with that
+        if _is_bad_input(error):  # no use in going on with that
             gone |= {STATE, ROWS} - set(saved)
         if report.exists() and report.read_bytes() != old:  # the forwards were done
             if isinstance(error, KeyboardInterrupt):
                 gone = set(OUTPUTS) - {REPORT}  # --resume draws the rest
+                args.kept = True
             elif old:
                 with replacing(report) as temporary:
                     temporary.write_bytes(old)
@@ -81,6 +82,16 @@ def output_folder(args: argparse.Namespace) -> Iterator[Path]:
             if path.exists() and not any(path.iterdir()):
                 path.rmdir()
         raise
+
+
+def _is_bad_input(error: BaseException) -> bool:
+    """Whether another try would fail alike: not where the system failed to read or write."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return False
+        cause = cause.__cause__
+    return isinstance(error, (ValueError, TypeError))
 
 
 def write(report: Report, folder: Path, pictures: tuple[str, ...]) -> None:

@@ -148,8 +148,8 @@ class Saver:
             keys = [(view, Tap(at, field, call)) for view, at, field, call in meta["keys"]]
             self._fill(estimator, keys, arrays, meta, home)
             bad = [
-                (int(index), list(map(str, lost)), list(map(str, few)))
-                for index, lost, few in meta["bad"]
+                (int(index), list(map(str, lost)), [str(name) for some in few for name in some])
+                for index, lost, *few in meta["bad"]  # earlier versions did not part them
             ]
             return int(meta["next_batch"]), bad
         except OtherRunError:

@@ -15,6 +15,7 @@ from torch import Tensor
 from cka_probe.bandwidth import median_bandwidth
 from cka_probe.hsic import Array, hsic_from_sums, jackknife, normalise, rounding_floor
 from cka_probe.kernels import (
+    KERNELS,
     Kernel,
     centre_full,
     distances,
@@ -29,6 +30,7 @@ from cka_probe.memory import TILE_BYTES
 _CACHE_BYTES = 2**24  # of float64 numbers of one tile of every entry, while they are summed
 _BANDWIDTH_ROWS = 256  # of distances at a time, and no fewer than an eighth
 _LEVEL_IMAGES = 256  # whose mean similarity is taken off a kernel of the user's
+LINEAR = KERNELS["linear"]
 _SUM_EPS = 64 * float(np.finfo(np.float64).eps)  # what Song's sums lose of the largest of them
 
 
@@ -164,7 +166,7 @@ class TiledSums:
             return float(np.exp(-0.5 / fraction**2)) / 2
         n = self.n
         with torch.no_grad(), full_precision(self.home):
-            if self.kernel.base is not product:
+            if self.kernel.base is not product or self.kernel.finish is not LINEAR.finish:
                 first = slice(0, min(n, _LEVEL_IMAGES))
                 block = self.kernel.finish(self.source.base(i, first, first), 1.0)
                 apart = float(block.sum() - block.trace())

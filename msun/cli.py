@@ -15,14 +15,13 @@ from cka_probe.cli import _joined, _Parser
 from cka_probe.cli_commands import version_line
 from cka_probe.cli_output import explain
 from cka_probe.link import LostRankError
-from cka_probe.probe_run import REPORT
 from cka_probe.ranks import may_speak
 from cka_probe.state import STATE as PROBED
 from msun import cli_build, cli_cuts, cli_demo, cli_eval, cli_suggest, cli_train
 from msun.train_state import STATE
 
 PROG = "msun"
-SAVED = {"train": (STATE,), "suggest": (PROBED, REPORT)}  # what an interrupted command goes on from
+SAVED = {"train": (STATE,), "suggest": (PROBED,)}  # what an interrupted command goes on from
 COMMANDS = (
     cli_cuts,
     cli_suggest,
@@ -85,7 +84,8 @@ def _way_on(args: argparse.Namespace) -> str:
     """What can be done after an interruption: go on, or begin anew."""
     names = SAVED.get(getattr(args, "command", None) or "", ())
     out = getattr(args, "out", None)
-    if out is not None and any((Path(out).expanduser() / name).exists() for name in names):
+    saved = any((Path(out).expanduser() / name).exists() for name in names if out is not None)
+    if saved or getattr(args, "kept", False):
         return "run again with --resume to continue"
     return "run again"
 

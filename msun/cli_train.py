@@ -133,14 +133,21 @@ def train_network(args: argparse.Namespace) -> None:
         if talks and choice is not None:
             print(f"{choice.headline}\n{choice.why}", flush=True)
     model = build_network(args)
+    out = Path(config.out).expanduser()
+    before = _stamps(out)
     try:
         path = train(model, data, config)
     finally:  # an interrupted run goes on with the cut that was chosen
-        out = Path(config.out).expanduser()
-        if choice is not None and first and any((out / name).exists() for name in (MODEL, STATE)):
+        if choice is not None and first and _stamps(out) - before:
             choice.save(out / SPLIT)
     if talks:
         _tell(path)
+
+
+def _stamps(out: Path) -> set[tuple[str, int]]:
+    """What there is of a run, and when it was written."""
+    there = (out / name for name in (MODEL, STATE))
+    return {(path.name, path.stat().st_mtime_ns) for path in there if path.exists()}
 
 
 def _config(args: argparse.Namespace) -> TrainConfig:

@@ -160,7 +160,7 @@ class _Survey:
         self.at = self._resolved(at, x) if at is not None else ""
         self.seen = observe(self.model, self.traces[False], x, self.outputs.get(self.at))
         self.overwritten = {False: self.seen.overwritten, True: self.seen.overwritten}
-        if self.at in self.traces[True].outputs and drops_in_place(self.model):
+        if self.at in self.traces[True].outputs and drops_in_place(self.model, self.traces[True]):
             value = self.value(self.at, True)
             self.overwritten[True] |= overwrites(self.model, self.traces[True], x, value)
 

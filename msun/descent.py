@@ -19,10 +19,15 @@ from msun.losses import constraint_pairs, ensemble_distillation
 from msun.model import MSUN
 from msun.recipe import TrainConfig, groups, rate
 
-__all__ = ["Descent", "DivergedError"]
+__all__ = ["Descent", "DivergedError", "own_tau"]
 
 _MAX_SKIPPED = 25  # loss scaling starts at 2**16: more halvings in a row mend nothing
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def own_tau(model: MSUN, kind: str) -> float | None:
+    """Below what a part of the constraint counts as 0 by the network's own recipe; None: usual."""
+    return (model.spec or {}).get("tau") if kind == "raw" else None
 
 
 class DivergedError(ValueError):
@@ -62,8 +67,7 @@ class Descent:
     ) -> None:
         self.model, self.config, self.ranks, self.device = model, config, ranks, device
         self.total, self.kind, self.rows, self.shards = total, kind, rows, shards
-        own = (model.spec or {}).get("tau") if kind == "raw" else None
-        self.tau = own if config.tau is None else config.tau
+        self.tau = own_tau(model, kind) if config.tau is None else config.tau
         self.warmup = round(config.warmup * total)
         after = config.distill_after
         self.distill_from = self.warmup if after is None else round(after * total)

@@ -70,10 +70,16 @@ def observe(
     return Observation(run.shapes, run.same, changed)
 
 
-def drops_in_place(model: nn.Module) -> bool:
-    """Whether a dropout of a network writes over what it is given, in training alone."""
+def drops_in_place(model: nn.Module, traced: Trace) -> bool:
+    """Whether a dropout of a network writes over what it is given, in training alone.
+
+    Args:
+        model: the network.
+        traced: its training mode.
+    """
     drops = (m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
-    return any(drop.inplace for drop in drops)
+    calls = (node for node in traced.graph.nodes if node.op == "call_function")
+    return any(drop.inplace for drop in drops) or any(node.kwargs.get("inplace") for node in calls)
 
 
 def overwrites(model: nn.Module, traced: Trace, x: Tensor, watch: fx.Node) -> bool:
@@ -88,17 +94,16 @@ def overwrites(model: nn.Module, traced: Trace, x: Tensor, watch: fx.Node) -> bo
         x: images (n, c, h, w).
         watch: the value.
     """
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    clones: dict[int, Tensor] = {}
     run = _Observer(model, traced, watch)
-    try:
-        with unchanged(model), attached(model, traced.constants), torch.no_grad():
-            model.train()
-            with preserved_rng(), suppress(Exception):
-                run.run(x.clone())
-    finally:
-        with torch.no_grad():
-            for buffer, before in kept:
-                buffer.copy_(before)
+    with unchanged(model), attached(model, traced.constants), torch.no_grad():
+        for module in model.modules():  # statistics are written to copies
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = clones.setdefault(id(buffer), buffer.clone())
+        model.train()
+        with preserved_rng(), suppress(Exception):
+            run.run(x.clone())
     return watch in run.versions and run.versions[watch] != run.kept[0]._version
 
 

@@ -21,7 +21,7 @@ from msun import checkpoint, norms, train_state
 from msun.between import ranges, share
 from msun.crops import Crops, augmentation, shuffled
 from msun.data import open_labelled
-from msun.descent import Descent, DivergedError
+from msun.descent import Descent, DivergedError, own_tau
 from msun.model import MSUN
 from msun.policy import is_native
 from msun.recipe import TrainConfig, refuse_other
@@ -59,7 +59,7 @@ def train(model: MSUN, data: Any, config: TrainConfig) -> Path:
     modes = [(module, module.training) for module in model.modules()]
     try:
         with started(device, timeout=None) as ranks:
-            run = _Run(model, data, config, device, ranks)
+            run = _Run(model.to(device), data, config, device, ranks)
             if not run.prepared():
                 run.execute()
             return run.out / MODEL
@@ -70,9 +70,13 @@ def train(model: MSUN, data: Any, config: TrainConfig) -> Path:
 
 def _device(model: MSUN, asked: str | None) -> torch.device:
     """Where to train; the network is put there."""
+    if asked is None:
+        return own_device(next(model.parameters()).device)
     try:
-        device = own_device(torch.device(asked or next(model.parameters()).device))
+        device = own_device(torch.device(asked))
         model.to(device)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, AssertionError) as error:
         text = f"cannot use device: {asked!r}, {one_line(error)}"
         raise ValueError(f"{text}: leave device (--device) out") from None
@@ -104,6 +108,7 @@ class _Run:
         self.run = plain(
             {
                 **config.options(),
+                **({"tau": own_tau(model, kind)} if config.tau is None else {}),
                 "model": {"sha256": sha256, "at": model.at, "preset": model.preset},
                 "policy": asdict(model.policy),
                 "scales": list(model.scales),

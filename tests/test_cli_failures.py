@@ -5,10 +5,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from shell import furnish, words
 
 from cka_probe import Report, state
 from cka_probe.cli import main
+from cka_probe.decode import ImageError
+from cka_probe.files import load_npz, save_npz
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,20 @@ def test_a_failure_while_drawing_leaves_what_was_there(place, tmp_path, monkeypa
     assert files(out)["report.npz"] != before["report.npz"]
 
 
+def test_an_interruption_before_any_batch_offers_nothing(place, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "o"
+    assert main(words(place, out, "--quiet")) == 0
+    before = files(out)
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cka_probe.cli_commands.load_model", stop)
+    assert main(words(place, out, "--quiet", "--overwrite", "--seed", "3")) == 130
+    assert "nothing was saved" in capsys.readouterr().err
+    assert files(out) == before
+
+
 def test_bad_input_in_mid_run_leaves_no_state(place, tmp_path, monkeypatch, capsys):
     import shutil
 
@@ -90,6 +107,45 @@ def test_bad_input_in_mid_run_leaves_no_state(place, tmp_path, monkeypatch, caps
     assert main([*argv, "--resume", "--seed", "9"]) == 2
     assert "seed" in capsys.readouterr().err
     assert "state.npz" in files(out)
+    wrong = [word if word != str(photos) else str(tmp_path / "nowhere") for word in argv]
+    assert main(wrong) == 2  # --resume forgotten, and a slip
+    assert "state.npz" in files(out)
+
+
+def test_a_disk_that_does_not_answer_costs_no_state(place, tmp_path, monkeypatch):
+    out = tmp_path / "o"
+    monkeypatch.setattr(state, "SAVE_EVERY_S", 0.0)
+    save = state.Saver.save
+
+    def then_fail(*a):
+        save(*a)
+        error = ImageError("cannot read image: 'x': Input/output error")
+        raise error from OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(state.Saver, "save", then_fail)
+    assert main(words(place, out, "--quiet", "--batch-size", "4")) == 2
+    assert list(files(out)) == ["state.npz"]
+    monkeypatch.setattr(state.Saver, "save", save)
+    assert main(words(place, out, "--quiet", "--batch-size", "4", "--resume")) == 0
+
+
+def test_a_state_of_an_earlier_version_goes_on_with_what_it_left_out(tmp_path):
+    from cka_probe.estimators import Minibatch
+
+    def filled():
+        one = Minibatch(4)
+        for key in "ab":
+            one.put((key, state.Tap("m", None, 0)), torch.randn(8, 3))
+        one.close_batch(0)
+        return one
+
+    saver = state.Saver(tmp_path, {"seed": 0}, 32)
+    saver.save(filled(), 1, [(0, ["lost.png"], ["few.png"])])
+    assert saver.load(Minibatch(4), torch.device("cpu")) == (1, [(0, ["lost.png"], ["few.png"])])
+    path = tmp_path / "state.npz"
+    arrays, meta = load_npz(path, state._SUMS, version=2)
+    save_npz(path, arrays, {**meta, "bad": [[0, ["lost.png", "few.png"]]]}, version=2)
+    assert saver.load(Minibatch(4), torch.device("cpu")) == (1, [(0, ["lost.png", "few.png"], [])])
 
 
 def fails_late(argv, saved, seed):

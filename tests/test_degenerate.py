@@ -155,6 +155,18 @@ def test_a_kernel_of_ones_own_keeps_its_digits_too():
         assert float(loss) == pytest.approx(cka(x, y, kernel=bare, unbiased=unbiased), rel=1e-9)
 
 
+def test_a_kernel_of_products_that_is_no_linear_one():
+    from cka_probe.kernels import Kernel, product
+
+    def finished(block, sigma):
+        return (block + 1e9) ** 2
+
+    mine = Kernel("poly", product, finished, quadratic=False)
+    x, y = (np.random.default_rng(k).normal(size=(30, 5)) for k in (0, 1))
+    same = cka(x, y, kernel=lambda a, b: (a @ b.T + 1e9) ** 2)
+    assert cka(x, y, kernel=mine) == pytest.approx(same, rel=1e-3)
+
+
 def test_a_loss_on_a_kernel_of_ones_own_has_a_gradient_and_is_told_by_name():
     def cosine(a, b):
         return torch.nn.functional.normalize(a, dim=1) @ torch.nn.functional.normalize(b, dim=1).T

@@ -143,6 +143,10 @@ def test_ctrl_c_names_what_goes_on(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(Descent, "descend", descend)
     assert cli.main([*words, "--resume"]) == 0
     assert (tmp_path / "out" / "split.json").exists()
+    (tmp_path / "out" / "split.json").write_text("as it was")
+    assert cli.main(words) == 2  # a run is there already
+    assert (tmp_path / "out" / "split.json").read_text() == "as it was"
+    capsys.readouterr()
     words[words.index("--out") + 1] = str(tmp_path / "other")
     monkeypatch.setattr(Descent, "descend", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(words) == 130

@@ -305,3 +305,21 @@ def test_auxiliary_heads_and_their_outputs_in_training_mode():
     assert_training_law(model, "maxpool1", x)
     with pytest.raises(ValueError, match="training mode later steps also need the output of 'aux2"):
         msun.cut(model, "inception5a", x)
+
+
+def test_looking_at_a_network_in_training_touches_nothing_of_it():
+    """Neither buffers of one value for many, nor what a backward pass still needs."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5, inplace=True), nn.Flatten(),
+        nn.Linear(4 * 36, 2),
+    ).eval()  # fmt: skip
+    net.register_buffer("wide", torch.zeros(1).expand(5))
+    before = {k: x.clone() for k, x in net.state_dict().items()}
+    x = torch.randn(2, 3, 8, 8)
+    loss = net(x).sum()
+    _, tail = msun.cut(net, "1", x)
+    loss.backward()
+    assert all(torch.equal(x, before[k]) for k, x in net.state_dict().items())
+    z = torch.ones(2, 4, 6, 6)
+    tail.train()(z)
+    assert (z == 1).all()
