@@ -29,7 +29,10 @@ IMAGES, BATCH = 8, 4
 COMMAND, PACKAGES = "python tests/architectures.py rows.json", ("torch", "torchvision", "timm")
 
 # A two-scale probe that is not finite, and why.
-NOT_FINITE: dict[str, str] = {}
+NOT_FINITE = {
+    "timm:convmixer_768_32": "nan in its later half: with random weights images differ there by "
+    "less than float32 rounds",
+}
 # No valid cut: why, and what the message says.
 UNCUT = {
     "timm:crossvit_tiny_240": (
@@ -158,6 +161,13 @@ def shortened(names: Iterable[str]) -> str:
     return ", ".join((first, *rest)) if len(rest) < 4 else f"{first} and {len(rest)} more"
 
 
+def without_rounding(x: Tensor) -> np.ndarray:
+    """Features (n, d) in float64; 0 where all images have the same but for float32's rounding."""
+    wide = x.double().numpy()
+    spread = np.linalg.norm(wide - wide.mean(0))
+    return wide if spread > 8 * torch.finfo(x.dtype).eps * np.linalg.norm(wide) else 0 * wide
+
+
 def compare_with_clones(
     model: nn.Module, x: Tensor, report: object, layers: list[str], side: int
 ) -> None:
@@ -183,9 +193,10 @@ def compare_with_clones(
             handle.remove()
         for label in layers:
             value = pick(seen[plain(label)], label)
-            kept.setdefault(label, []).append(value.flatten(1).double().numpy())
+            kept.setdefault(label, []).append(without_rounding(value.flatten(1)))
     first, last = layers
-    expected = oracle.cka_minibatch(kept[first], kept[last])
+    flat = any(not np.any(kept[label]) for label in layers)
+    expected = np.nan if flat else oracle.cka_minibatch(kept[first], kept[last])
     found = report.between(str(side), str(side)).loc[first, last]  # type: ignore[attr-defined]
     assert abs(found - expected) <= 1e-5 or (np.isnan(found) and np.isnan(expected))
 
@@ -233,7 +244,8 @@ def write_table(rows: list[dict[str, str]]) -> None:
         "*Layers* are those that `probe` taps by default, *from … to* the first and the last;",
         "*takes* says whether the second size of *input* was taken as it is (otherwise the",
         "two-scale probe ran with `resize='restore'`). The probe of all layers at both sizes is",
-        "finite, and two taps of each network equal the float64 oracle on cloned outputs to 1e-5.",
+        "finite where no remark says otherwise, and two taps of each network equal the float64",
+        "oracle on cloned outputs to 1e-5.",
         "",
         "*Cuts* is the number of modules that `msun.cut_points` gives, *cut after* the first and",
         "the last of them, or why there is none. At the first, the middle and the last",
