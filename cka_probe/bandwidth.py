@@ -1,5 +1,7 @@
 """The RBF kernel's bandwidth: the median rule (Kornblith et al. 2019, section 4)."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,6 +11,24 @@ def check_bandwidth(fraction: float) -> None:
     """Raise ValueError unless a fraction of the median distance is a number above 0."""
     if not 0 < fraction < float("inf"):
         raise ValueError(f"bad bandwidth: {fraction}: give a fraction above 0, usually 1")
+
+
+def counted(batches: Iterable[tuple[int, int]], images: int) -> dict[int, int]:
+    """How many images of each batch count for the bandwidth: the first so many, batch by batch.
+
+    Args:
+        batches: (index, images) each, in any order.
+        images: how many count in all.
+
+    Returns:
+        {index: images}, for batches of which any count.
+    """
+    found, left = dict[int, int](), images
+    for index, n in sorted(batches):
+        if left > 0:
+            found[index] = min(n, left)
+            left -= found[index]
+    return found
 
 
 def median_bandwidth(squared_distances: list[Tensor], fraction: float) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cka_probe.bandwidth import check_bandwidth, median_bandwidth
+from cka_probe.bandwidth import check_bandwidth, counted, median_bandwidth
 from cka_probe.device import Measured, device_block, on_accelerator, refuse, refuse_all
 from cka_probe.estimator_base import (
     BANDWIDTH_IMAGES,
@@ -141,11 +141,10 @@ class Minibatch:
 
     def _first(self, key: Hashable) -> list[Tensor]:
         """Distances within the batches that wait, of the first 256 images."""
-        found, left = [], BANDWIDTH_IMAGES
-        for _, blocks in sorted(self.waiting, key=lambda one: one[0]):
-            found.append(blocks[key][0][:left, :left])
-            left -= len(found[-1])
-        return [block for block in found if len(block) > 1]
+        sizes = [(index, len(blocks[key][0])) for index, blocks in self.waiting]
+        count = counted(sizes, BANDWIDTH_IMAGES)
+        cut = ((blocks[key][0], count.get(index, 0)) for index, blocks in self.waiting)
+        return [block[:n, :n] for block, n in cut if n > 1]
 
     def _gram(self, key: Hashable, found: tuple[Tensor, float] | Measured) -> Tensor:
         """The Gram of one entry; zero where it is constant, or has no bandwidth."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cka_probe.bandwidth import median_bandwidth
+from cka_probe.bandwidth import counted, median_bandwidth
 from cka_probe.device import device_for_sums
 from cka_probe.estimator_base import BANDWIDTH_IMAGES, check_entries
 from cka_probe.estimators import Minibatch
@@ -127,13 +127,8 @@ class _Sums(Shared):
         """Once 256 images have come: their median within batches, wherever those were made."""
         ranks, own = self.ranks, self.own
         mine = [(index, len(blocks[own.keys[0]][0])) for index, blocks in own.waiting]
-        counts = sorted(one for some in ranks.gather(mine) for one in some)
-        chosen, left = dict[int, int](), BANDWIDTH_IMAGES  # batch -> how many of its images count
-        for index, n in counts:
-            if left > 0:
-                chosen[index] = min(n, left)
-                left -= chosen[index]
-        enough = left == 0 or (last and len(chosen) > 0)
+        chosen = counted((one for some in ranks.gather(mine) for one in some), BANDWIDTH_IMAGES)
+        enough = sum(chosen.values()) == BANDWIDTH_IMAGES or (last and len(chosen) > 0)
         chosen = ranks.agree({k: n for k, n in chosen.items() if n > 1} if enough else {})
         if not chosen:
             return
