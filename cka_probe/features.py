@@ -163,6 +163,7 @@ def permutation_test(
     if np.isnan(value):
         return value, float("nan")
     k, left = (_u_centred(name, z, kernel, bandwidth) for name, z in (("x", x), ("y", y)))
+    left = left.to(k.device)
     # a tie in other order of summation is a tie: rounding is in proportion to the norms
     least = float((k * left).sum()) - 1e-12 * float(k.norm() * left.norm())
     generator = torch.Generator().manual_seed(seed)

@@ -135,7 +135,7 @@ class Forwards:
         def sink(tap: Tap, features: Tensor) -> None:
             counter.outside(self.estimator.put, (view, tap), features)
 
-        x = x.to(device, non_blocking=True)
+        x = x.to(device, non_blocking=device.type != "cpu")  # to the host: whole when it is read
         n = len(x)
         try:
             with counter, torch.autocast(device.type, torch.bfloat16, enabled=self.amp):

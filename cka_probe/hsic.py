@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cka_probe.bandwidth import check_bandwidth
+from cka_probe.kernels import full_precision
 from cka_probe.own_kernel import Block, checked
 
 Array = npt.NDArray[np.float64]
@@ -205,7 +206,7 @@ def cka_loss(
 
 
 def _soft_gram(z: Tensor, kernel: str | Block, bandwidth: float) -> Tensor:
-    with torch.autocast(z.device.type, enabled=False):
+    with full_precision(z.device):
         z = z if z.dtype == torch.float64 else z.float()
         limit = 8 * torch.finfo(z.dtype).eps * torch.linalg.vector_norm(z.detach())
         z = z - z.mean(0)

@@ -65,7 +65,7 @@ class MacCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator and add what its formula says."""
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket) if self._counting else None
+        formula = _formula(func._overloadpacket) if self._counting else None
         if formula is not None:
             self._flops += formula(*args, **(kwargs or {}), out_val=out)
         return out
@@ -81,6 +81,14 @@ class MacCounter(TorchDispatchMode):
     def macs(self) -> int:
         """MACs so far."""
         return int(self._flops) // 2
+
+
+def _formula(operator: Any) -> Any:
+    """What torch says an operator costs; it knows attention on a CPU under its other names only."""
+    aten = torch.ops.aten
+    if operator is getattr(aten, "_scaled_dot_product_flash_attention_for_cpu", None):
+        operator = aten._scaled_dot_product_flash_attention
+    return flop_registry.get(operator)
 
 
 def layer_table(

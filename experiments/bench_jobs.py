@@ -40,21 +40,25 @@ def loader(images: Tensor, batch: int) -> DataLoader[Any]:
     return DataLoader(TensorDataset(images, labels), batch)
 
 
-def bare(model: nn.Module, images: list[Tensor], batch: int) -> None:
+def bare(model: nn.Module, images: list[Tensor], batch: int, device: str = "cpu") -> None:
     with torch.inference_mode():
         for view in images:
             for part in view.split(batch):
-                model(part)
+                model(part.to(device))
 
 
-def by_pytorch_cka(model: nn.Module, layers: list[str], images: Tensor, batch: int) -> Tensor:
+def by_pytorch_cka(
+    model: nn.Module, layers: list[str], images: Tensor, batch: int, device: str = "cpu"
+) -> Tensor:
     lib = importlib.import_module("cka")
-    how = {"layers": layers, "device": "cpu", "progress": False}
+    how = {"layers": layers, "device": device, "progress": False}
     (matrix,) = lib.compute_cka(model, model, loader(images, batch), **how)
     return matrix
 
 
-def by_torch_cka(model: nn.Module, layers: list[str], views: list[Tensor], batch: int) -> Tensor:
+def by_torch_cka(
+    model: nn.Module, layers: list[str], views: list[Tensor], batch: int, device: str = "cpu"
+) -> Tensor:
     """Every pair of views, each a comparison of its own: it compares two inputs at a time.
 
     It ends with an AssertionError where a cell is nan, as here, after all of its work: the time
@@ -65,7 +69,7 @@ def by_torch_cka(model: nn.Module, layers: list[str], views: list[Tensor], batch
     with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
         for i in range(len(views)):
             for j in range(i + 1):
-                run = lib.CKA(model, model, "a", "b", layers, layers, device="cpu")
+                run = lib.CKA(model, model, "a", "b", layers, layers, device=device)
                 with contextlib.suppress(AssertionError):
                     run.compare(loader(views[i], batch), loader(views[j], batch))
                 cells = run.hsic_matrix

@@ -1,7 +1,7 @@
 """What a probe costs: time against the bare forwards and against the libraries in use, with errors.
 
     pip install -e '.[bench]'
-    python experiments/bench_probe.py [JOB ...] [--repeats 7] [--threads 1,2]
+    python experiments/bench_probe.py [JOB ...] [--repeats 7] [--threads 1,2] [--device cuda]
 
 Contenders of a job take turns within one process, so that a busy machine slows all of them alike;
 a row gives the ratio of the best times of all turns, by the clock and by CPU seconds (the steadier
@@ -10,6 +10,10 @@ that of its inputs (in a process of its own; of a contender that is timed once, 
 the largest error of the matrix against float64 (tests/oracle.py). Rows are written to
 results/bench_probe.csv after each job. Random weights and noise images: nothing here depends on
 values. `bare` is the forward passes alone under `inference_mode`.
+
+With `--device cuda` the jobs are those of bench_card.py, calls end when the card is done, memory is
+the card's (the most that a call after the first had allocated above what was there before it), and
+rows go to results/bench_probe_cuda.csv with the card's name.
 """
 
 import argparse
@@ -25,18 +29,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_jobs import JOBS, Call
+from bench_card import card_jobs
+from bench_jobs import JOBS, Call, Job
 
 RESULTS = Path(__file__).resolve().parent / "results" / "bench_probe.csv"
 FIELDS = ("job", "threads", "contender", "against", "clock_ratio", "cpu_ratio", "cpu_s", "peak_mib",
           "max_error", "repeats", "torch")  # fmt: skip
+CARD_RESULTS = RESULTS.with_name("bench_probe_cuda.csv")
+CARD_FIELDS = (*FIELDS, "clock_s", "device")
 
 
-def timed(call: Call) -> tuple[float, float, Any]:
+def timed(call: Call, device: str = "cpu") -> tuple[float, float, Any]:
     """Seconds by the clock and of CPU, and what came out."""
+    wait(device)
     clock, cpu = time.perf_counter(), time.process_time()
     out = call()
+    wait(device)
     return time.perf_counter() - clock, time.process_time() - cpu, out
+
+
+def wait(device: str) -> None:
+    """Until a card has done all that it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def measure(name: str, threads: int, repeats: int) -> list[dict[str, Any]]:
@@ -74,6 +89,49 @@ def measure(name: str, threads: int, repeats: int) -> list[dict[str, Any]]:
     return [dict(zip(FIELDS, row, strict=True)) for row in rows]
 
 
+def measure_card(
+    name: str, job: Job, device: str, threads: int, repeats: int, without: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """One job on a card: as `measure`, in one process, with the card's memory."""
+    torch.set_num_threads(threads)
+    calls = {who: call for who, call in job.calls.items() if who not in without}
+    best, peaks, matrices = dict[str, tuple[float, float]](), dict[str, float](), dict[str, Any]()
+    for turn in range(repeats + 1):
+        for who, call in calls.items():
+            if turn and who in job.once:
+                continue
+            before = card_mib(device, fresh=True)
+            clock, cpu, matrices[who] = timed(call, device)
+            if turn or who in job.once:
+                peaks[who] = card_mib(device) - before
+                low = best.get(who, (math.inf, math.inf))
+                best[who] = (min(low[0], clock), min(low[1], cpu))
+    truth, rows = job.truth(), []
+    card = torch.cuda.get_device_name() if device == "cuda" else device
+    for who in calls:
+        error = ""
+        if matrices[who] is not None and who != "linear":
+            found = torch.as_tensor(matrices[who]).double().cpu().numpy()
+            error = f"{np.abs(found - truth).max():.1e}"
+        others = [other for other in job.against if other in calls]
+        for other in others if who.startswith("cka-probe") else others[:1]:
+            ratio = [f"{a / b:.3f}" for a, b in zip(best[who], best[other], strict=True)]
+            rows.append([name, threads, who, other, *ratio, f"{best[who][1]:.3f}",
+                         f"{peaks[who]:.0f}", error, 1 if who in job.once else repeats,
+                         torch.__version__, f"{best[who][0]:.4f}", card])  # fmt: skip
+    return [dict(zip(CARD_FIELDS, row, strict=True)) for row in rows]
+
+
+def card_mib(device: str, *, fresh: bool = False) -> float:
+    """The most memory that tensors have had on the card; `fresh` counts from here. 0 on a CPU."""
+    if device != "cuda":
+        return 0.0
+    if fresh:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
 def peak_mib(name: str, who: str, threads: int) -> float:
     """Peak memory of one call above what the process held before it, in a process of its own."""
     words = [sys.executable, __file__, "--peak", json.dumps([name, who, threads])]
@@ -97,22 +155,22 @@ def held_mib(*, fresh: bool = False) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
-def write(rows: list[dict[str, Any]]) -> None:
+def write(rows: list[dict[str, Any]], results: Path, fields: tuple[str, ...]) -> None:
     """Put rows in the place of those of the same job and threads."""
     new = {(row["job"], str(row["threads"])) for row in rows}
     keep = []
-    if RESULTS.exists():
-        with RESULTS.open(newline="") as file:
+    if results.exists():
+        with results.open(newline="") as file:
             keep = [r for r in csv.DictReader(file) if (r["job"], r["threads"]) not in new]
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
+    with results.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields)
         writer.writeheader()
         writer.writerows([*keep, *rows])
 
 
-def table() -> str:
+def table(results: Path) -> str:
     """The ratios of cka-probe as Markdown, from the file of results."""
-    with RESULTS.open(newline="") as file:
+    with results.open(newline="") as file:
         rows = list(csv.DictReader(file))
     lines = ["| job | threads | against | clock | CPU | peak, MiB (theirs) | error (theirs) |"]
     lines.append("|---|---|---|---|---|---|---|")
@@ -130,8 +188,13 @@ def table() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("jobs", nargs="*", metavar="JOB", help="part of a name; all where none")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, help="default: 7, on a card 5")
     parser.add_argument("--threads", default="1", help="such as 1,2")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--without", default="torch-cka", metavar="NAME,...",
+                        help="on a card: contenders to leave out")  # fmt: skip
+    parser.add_argument("--within", type=float, default=math.inf, metavar="S",
+                        help="begin no job after so many seconds")  # fmt: skip
     parser.add_argument("--table", action="store_true", help="print the results so far, only")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -139,16 +202,25 @@ def main() -> None:
     if args.peak:
         print_peak(*json.loads(args.peak))
         return
+    on_card = args.device == "cuda"
+    results, fields = (CARD_RESULTS, CARD_FIELDS) if on_card else (RESULTS, FIELDS)
     if args.table:
-        print(table())
+        print(table(results))
         return
+    began, jobs = time.perf_counter(), card_jobs(args.device) if on_card else JOBS
+    without, repeats = tuple(args.without.split(",")), args.repeats or (5 if on_card else 7)
     for threads in map(int, args.threads.split(",")):
-        for name in JOBS:
-            if not args.jobs or any(word in name for word in args.jobs):
-                rows = measure(name, threads, args.repeats)
-                write(rows)
-                for row in rows:
-                    print(" | ".join(str(value) for value in row.values()), flush=True)
+        for name in jobs:
+            late = time.perf_counter() - began > args.within
+            if late or (args.jobs and not any(word in name for word in args.jobs)):
+                continue
+            if on_card:
+                rows = measure_card(name, jobs[name](), args.device, threads, repeats, without)
+            else:
+                rows = measure(name, threads, repeats)
+            write(rows, results, fields)
+            for row in rows:
+                print(" | ".join(str(value) for value in row.values()), flush=True)
 
 
 if __name__ == "__main__":

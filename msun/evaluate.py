@@ -227,9 +227,9 @@ class _Job:
                     if k < m:
                         self._score(found, k, logits, labels, rows)
                     if estimator is not None:
-                        _put(estimator, side, features, f"{self.own.name} at {side} px")
+                        _put(estimator, side, features, self.own.name)
                 if estimator is not None:
-                    estimator.close_batch(index)
+                    _close(estimator, index, self.own.name)
                 bar.update(len(rows))
             bar.leave = True
         self.cka = None if estimator is None else estimator.result()
@@ -338,13 +338,23 @@ def _nothing(views: list[str], n: int) -> Predictions:
     return Predictions(np.array(views), np.zeros(n, dtype=np.int64), *small)
 
 
-def _put(estimator: Minibatch, side: int, features: Tensor | None, place: str) -> None:
+def _put(estimator: Minibatch, side: int, features: Tensor | None, name: str) -> None:
     if features is None:
         return
     try:
         estimator.put(side, features)
     except NonFiniteFeaturesError as error:
-        raise ValueError(
-            f"features are not finite: {place}, {error}: mend the network's weights, or its "
-            "input's normalisation"
-        ) from None
+        raise _not_finite(name, side, error) from None
+
+
+def _close(estimator: Minibatch, index: int, name: str) -> None:
+    """End a batch; an accelerator tells only then what was not finite in it."""
+    try:
+        estimator.close_batch(index)
+    except NonFiniteFeaturesError as error:
+        raise _not_finite(name, error.key, error) from None
+
+
+def _not_finite(name: str, side: int, error: Exception) -> ValueError:
+    way = "mend the network's weights, or its input's normalisation"
+    return ValueError(f"features are not finite: {name} at {side} px, {error}: {way}")

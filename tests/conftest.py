@@ -45,6 +45,20 @@ def threads(request):
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def float32_convolutions():
+    """Convolutions of CUDA in float32 proper, as on the CPU: cuDNN takes TF32 where it may."""
+    cudnn = torch.backends.cudnn
+    conv = getattr(cudnn, "conv", None)  # torch from 2.9 on
+    home, name, off = (cudnn, "allow_tf32", False) if conv is None else (
+        conv, "fp32_precision", "ieee"
+    )  # fmt: skip
+    before = getattr(home, name)
+    setattr(home, name, off)
+    yield
+    setattr(home, name, before)
+
+
 SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update",
             "--disable-sync"]  # fmt: skip

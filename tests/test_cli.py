@@ -46,7 +46,10 @@ def test_python_and_shell_agree(place, tmp_path):
     from cka_probe.models import load_model
 
     out = tmp_path / "out"
-    assert main(words(place, out, "--quiet", "--reduce", "mean", "--kernel", "rbf")) == 0
+    assert (
+        main(words(place, out, "--quiet", "--device", "cpu", "--reduce", "mean", "--kernel", "rbf"))
+        == 0
+    )
     model = load_model(f"{place / 'nets.py'}:tiny").model
     report = probe(model, place / "photos", [8, 16], batch_size=5, reduce="mean", kernel="rbf")
     assert np.array_equal(Report.load(out / "report.npz").cka, report.cka, equal_nan=True)

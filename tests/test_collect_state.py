@@ -332,12 +332,13 @@ def test_preserved_rng():
 
 def test_failing_module():
     model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 9)), nn.ReLU())
-    for wrapped in (model, nn.DataParallel(model)):
+    for wrapped in (model, nn.DataParallel(model)):  # which puts it on a card, if there is one
+        x = images().to(next(model.parameters()).device)
         with pytest.raises(RuntimeError) as caught:
-            wrapped(images())
+            wrapped(x)
         assert failing_module(caught.value, wrapped) == "0.1"
     with pytest.raises(RuntimeError) as caught, Collector(model, "0.0") as collector:
-        collector.run(images(), ignore)
+        collector.run(x, ignore)
     assert failing_module(caught.value, model) == "0.1"
     with pytest.raises(TypeError) as caught:
         model()

@@ -1,5 +1,6 @@
 """The accelerator's path: equal to the CPU's, and it asks for nothing between two layers."""
 
+import warnings
 from itertools import product
 
 import numpy as np
@@ -9,7 +10,7 @@ from processes import call, images
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cka_probe import device, estimators, exact, probe, sketch
+from cka_probe import device, estimators, exact, sketch
 from cka_probe.device import device_block
 from cka_probe.hsic import u_centre
 from cka_probe.kernels import (
@@ -118,13 +119,13 @@ class LoopOver(Exception):  # noqa: N818
     """Raised in the place of a result."""
 
 
+def over(self):
+    raise LoopOver
+
+
 def asked_in_the_loop(estimator, layers, scales):
     """How many numbers the loop asks for."""
     made, asked = estimators.ESTIMATORS[estimator], Questions()
-
-    def over(self):
-        raise LoopOver
-
     with asked, pytest.MonkeyPatch.context() as patch:
         patch.setattr(made, "result", over)
         with pytest.raises(LoopOver):
@@ -181,21 +182,23 @@ def test_products_of_cuda_are_not_tf32():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("estimator", ["minibatch", "exact", "sketch"])
-def test_cuda_asks_nothing_between_layers(estimator):
-    """As `torch.cuda.set_sync_debug_mode` sees it: warnings do not grow with the layers."""
-    import warnings
+def test_cuda_asks_nothing_between_layers(estimator, monkeypatch):
+    """As `torch.cuda.set_sync_debug_mode` sees it: the loop waits once a batch."""
+    monkeypatch.setattr(estimators.ESTIMATORS[estimator], "result", over)
 
-    from processes import Net
-
-    counts = []
-    for layers in (["stem"], ["stem", "block", "head"]):
+    def waits(layers, batches):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                probe(Net(), images(40), [16], layers=layers, batch_size=8, device="cuda",
-                      estimator=estimator, progress=False)  # fmt: skip
+                with pytest.raises(LoopOver):
+                    call({"estimator": estimator, "images": 8 * batches, "layers": layers,
+                          "scales": [16], "batch_size": 8, "device": "cuda"})  # fmt: skip
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        counts.append(sum("synchronizing" in str(one.message) for one in said))
-    assert counts[0] == pytest.approx(counts[1], abs=20), counts  # those of the result differ
+        return sum("called a synchronizing" in str(one.message) for one in said)
+
+    waits(FEW[0], 5)  # which starts CUDA
+    few, many, longer = waits(FEW[0], 5), waits(MANY[0], 5), waits(MANY[0], 9)
+    assert few == many
+    assert longer - many == 4  # one for each batch more

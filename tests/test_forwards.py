@@ -100,6 +100,21 @@ def test_a_size_is_refused_with_a_way_out_that_there_is():
         probe(fixed, IMAGES, views=views, **options)
 
 
+class Attends(nn.Module):
+    """Four pixels attend to each other, in one head of three numbers."""
+
+    def forward(self, x):
+        x = x.flatten(2).transpose(1, 2)[:, None]  # (n, 1, 4, 3)
+        return nn.functional.scaled_dot_product_attention(x, x, x).flatten(1)
+
+
+def test_attention_is_among_the_macs():
+    """As on a GPU: torch's own count leaves out what attention is called on a CPU."""
+    net, images = nn.Sequential(Attends(), nn.Linear(12, 5)), IMAGES[:, :, :2, :2]
+    report = probe(net, images, batch_size=6, layers=["1"], progress=False)
+    assert report.meta["view_macs"] == {"native": 2 * 4 * 4 * 3 + 12 * 5}
+
+
 def test_compare_offers_no_restore(tmp_path, capsys):
     place = furnish(tmp_path)
     argv = words(place, tmp_path / "o", "--size", "8", "--quiet", command="compare", net="fixed")

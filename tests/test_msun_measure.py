@@ -11,6 +11,7 @@ from measured import QUIET, Tiny, photographs, tensors
 from torch import nn
 from torch.utils.data import Dataset
 
+from cka_probe import estimators
 from cka_probe.images import ImageError
 from msun import build, evaluate
 from msun.data import open_labelled
@@ -132,7 +133,12 @@ def test_faults_are_named(tmp_path):
     refused(net, "scores are not finite")
 
 
-def test_features_that_are_not_finite():
+@pytest.mark.parametrize("asked_late", [False, True])
+def test_features_that_are_not_finite(asked_late, monkeypatch):
+    """An accelerator is asked once a batch, and told of as the CPU is."""
+    if asked_late:
+        monkeypatch.setattr(estimators, "on_accelerator", lambda x: True)
+
     class Hidden(Tiny):
         def forward(self, x):
             out = super().forward(x)
