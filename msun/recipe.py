@@ -46,7 +46,10 @@ class TrainConfig:
         distill_after: Share of the steps before it begins; None is the warm-up.
         ema: Decay of the running mean of weights and statistics, which is then what is measured
             and kept; early on, (1 + step) / (10 + step) where that is smaller. None keeps none.
-        amp: Autocast to "bf16" or "fp16" (with loss scaling); None computes in float32.
+        amp: Autocast to "bf16" or "fp16" (with loss scaling); None computes in float32. On NVIDIA
+            cards leave the network's memory format as it is: cuDNN (9, on an H100) made kernels
+            for channels-last depthwise convolutions anew at every side, 5 to 10 seconds each, and
+            `between` draws many sides; the usual format took 0.1.
         augment: "auto" or "none" (see `msun.crops.augmentation`).
         crop_area: Lowest and highest share of the area of a crop; None is by the data.
         flip: Whether to mirror; None is by the data.

@@ -76,7 +76,7 @@ def test_a_killed_run_goes_on_and_everything_is_drawn_from_the_tables(tmp_path, 
 def test_every_arm_gets_the_same_macs_counted_on_its_forwards():
     from experiments.scales.arms import ARMS, made
     from experiments.scales.execute import steps_of
-    from experiments.scales.manifest import UNIT, Run
+    from experiments.scales.manifest import Run
     from experiments.scales.tasks import TASKS
 
     task = TASKS["glyphs"]
@@ -101,7 +101,7 @@ def test_every_arm_gets_the_same_macs_counted_on_its_forwards():
         spent[name] = steps_of(run, task) * arm.batch * counter.get_total_flops() / 2
     equal = [macs for name, macs in spent.items() if not ARMS[name].paces]
     assert max(equal) / min(equal) < 1.001
-    assert equal[0] == pytest.approx(UNIT * 2.64e6, rel=1e-3)
+    assert equal[0] == pytest.approx(task.unit * 2.64e6, rel=1e-3)
     assert spent["single, lean's steps"] < 0.7 * spent["single"]
 
 
@@ -135,7 +135,8 @@ def test_a_network_that_chose_its_rate_is_not_trained_again(tmp_path, monkeypatc
     import experiments.scales.manifest as plan
     from experiments.scales.manifest import Run
 
-    monkeypatch.setattr(plan, "RATES", (0.3,))  # of three scales: one rate, .1, which is an end
+    one = replace(plan.TASKS["glyphs"], rates=(0.3,))  # of three scales: .1, which is an end
+    monkeypatch.setitem(plan.TASKS, "glyphs", one)
     monkeypatch.setattr(plan, "WIDER", 0)
     here, run = bench(tmp_path), Run("glyphs", "residual", "lean+small @16", 0, tested=False)
     (trial,) = here.needs(run)

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from experiments.scales.execute import Bench
 from experiments.scales.ledger import Ledger
-from experiments.scales.manifest import CUTS, Run, manifest, unread
+from experiments.scales.manifest import Run, larger, manifest, unread
 from experiments.scales.tasks import TASKS
 
 HERE = Path(__file__).resolve().parent
@@ -37,17 +37,21 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("out/scales"), help="working files")
     parser.add_argument("--minutes", type=float, default=float("inf"),
                         help="begin no further run after so many")  # fmt: skip
+    parser.add_argument("--tier", choices=("usual", "larger"), default="usual",
+                        help="larger: MobileNetV2 with ImageNet weights, for a GPU")  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="cpu, cuda")
     parser.add_argument(
         "--only", nargs="+", default=[""], help="runs whose name holds one of these"
     )
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(HERE / "results", args.work / "ledger.lock")
-    runs = [run for run in manifest() if any(word in run.key for word in args.only)]
+    every = larger() if args.tier == "larger" else manifest()
+    runs = [run for run in every if any(word in run.key for word in args.only)]
     if args.what == "time":
         from experiments.scales.latency import timed
 
-        rows = [row for net in CUTS for row in timed("glyphs", net)]
+        rows = [row for net in ("residual", "depthwise") for row in timed("glyphs", net)]
         ledger.rewrite("latency", pd.DataFrame(rows))
         return
     if args.what == "draw":
@@ -61,7 +65,7 @@ def main() -> None:
     if args.what == "list":
         print("\n".join(run.key for run in left))
         return
-    bench = Bench(args.work, ledger, TASKS, data=args.data,
+    bench = Bench(args.work, ledger, TASKS, data=args.data, device=args.device,
                   say=lambda text: print(time.strftime("%H:%M:%S"), text, flush=True))  # fmt: skip
     if args.what == "why":
         from experiments.scales.why import look

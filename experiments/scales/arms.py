@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from experiments.scales.nets import backbone
+from experiments.scales.pretrained import load_pretrained
 from experiments.scales.tasks import Task
 from msun import MSUN, build
 from msun.policy import policy_of
@@ -291,7 +293,7 @@ PAIRS = frozenset(
 
 
 def made(arm: Arm, task: Task, net: str, *, at: str, seed: int, enlarge: str | None = None,
-         inputs: str | None = None) -> MSUN:  # fmt: skip
+         inputs: str | None = None, data: Path | None = None) -> MSUN:  # fmt: skip
     """The untrained network of an arm; the backbone's weights follow from the seed alone.
 
     Args:
@@ -302,8 +304,11 @@ def made(arm: Arm, task: Task, net: str, *, at: str, seed: int, enlarge: str | N
         seed: of the weights.
         enlarge: in place of the arm's own.
         inputs: in place of the policy's own.
+        data: folder with weights/, which a network that has published ones then gets.
     """
     plain = plain_net(arm, task, net, seed=seed, enlarge=enlarge)
+    if data is not None and net == "mobilenetv2":
+        load_pretrained(plain, data)
     policy = policy_of(arm.preset).but(**{"inputs": "native", **arm.choices}).but(inputs=inputs)
     return build(plain, at, trained(arm, task), preset=arm.preset, policy=policy)
 

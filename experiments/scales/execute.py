@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from experiments.scales.arms import ARMS, PAIRS, made
-from experiments.scales.ledger import Ledger
-from experiments.scales.manifest import CUT, UNIT, Run, moving, rate_runs, tuning
+from experiments.scales.ledger import Ledger, machine
+from experiments.scales.manifest import CUT, Run, moving, rate_runs, tuning
 from experiments.scales.split import choices
 from experiments.scales.stats import paired
 from experiments.scales.tasks import Held, Task, held
@@ -34,8 +34,9 @@ GROUP = ("task", "net", "cut", "budget", "seed")
 RE_ESTIMATED_ON = 512  # training images, for the statistics of each size
 
 
-def steps_of(run: Run, task: Task, *, unit: int = UNIT) -> int:
+def steps_of(run: Run, task: Task, *, unit: int | None = None) -> int:
     """Steps of a run: the MACs of `budget` x `unit` images through the single-scale network."""
+    unit = task.unit if unit is None else unit
     single = step_macs(made(ARMS["single"], task, run.net, at=run.cut, seed=0))
     paced = ARMS[run.spec.paces] if run.spec.paces else run.spec
     own = step_macs(made(paced, task, run.net, at=run.cut, seed=0), paced.between)
@@ -49,8 +50,9 @@ class Bench:
         work: folder for images, networks and predictions; may be lost between sessions.
         ledger: the tables that are kept.
         tasks: by name.
-        data: folder with images/ for CIFAR-10.
-        unit: images of the single-scale network that are a budget of 1.
+        data: folder with images/ for CIFAR-10 and Imagenette, weights/ for the latter.
+        unit: images of the single-scale network that are a budget of 1; None: the task's.
+        device: where networks and images lie; on a GPU training computes in bfloat16.
         say: told what happens.
     """
 
@@ -61,17 +63,18 @@ class Bench:
         tasks: dict[str, Task],
         *,
         data: Path | None = None,
-        unit: int = UNIT,
+        unit: int | None = None,
+        device: str = "cpu",
         say: Callable[[str], None] = print,
     ) -> None:
         self.work, self.ledger, self.tasks = work, ledger, tasks
-        self.data, self.unit, self.say = data, unit, say
+        self.data, self.unit, self.device, self.say = data, unit, device, say
         self._held: dict[tuple[str, str], Held] = {}
 
     def images(self, task: Task, split: str) -> Held:
         """The images of a split, opened once."""
         if (task.name, split) not in self._held:
-            self._held[task.name, split] = held(task, split, self.work, self.data)
+            self._held[task.name, split] = held(task, split, self.work, self.data, self.device)
         return self._held[task.name, split]
 
     def needs(self, run: Run) -> list[Run]:
@@ -126,7 +129,7 @@ class Bench:
                 **_base(run, lr), "steps": steps, "epochs": steps * arm.batch / len(images),
                 "train_gmacs": steps * arm.batch * step_macs(net, arm.between) / 1e9,
                 "params": sum(p.numel() for p in net.parameters()), "loss": _loss(folder),
-                "core_s": spent,
+                "core_s": spent, "machine": machine(self.device),
             }  # fmt: skip
             self.ledger.add("trainings", [row])
         self.ledger.add("runs", rows)
@@ -142,7 +145,7 @@ class Bench:
 
     def _network(self, run: Run, images: Held, steps: int, lr: float) -> tuple[MSUN, float]:
         """The trained network, and the core seconds of its training; made anew if need be."""
-        net = made(run.spec, self.tasks[run.task], run.net, at=run.cut, seed=run.seed)
+        net = self._made(run, data=self.data or Path())
         folder = self.work / "runs" / run.key
         # the run that chose this rate, where it had the whole budget, is the same training
         trial = self.work / "runs" / replace(run, lr=lr).key
@@ -159,6 +162,14 @@ class Bench:
         began = time.process_time()
         return self._trained(run, net, images, steps, lr), time.process_time() - began
 
+    def _made(self, run: Run, **how: Any) -> MSUN:
+        """The network of a run, untrained; `how` goes to `made`."""
+        net = made(run.spec, self.tasks[run.task], run.net, at=run.cut, seed=run.seed, **how)
+        if torch.device(self.device).type == "cuda":
+            # cuDNN makes kernels of its own for each size of channels-last maps: seconds a size
+            net = net.to(memory_format=torch.contiguous_format)
+        return net.to(self.device)
+
     def _spent(self, folder: Path, lr: float) -> float | None:
         """Core seconds of a training that is in the ledger and whose network is here, else None."""
         frame = self.ledger.read("trainings")
@@ -173,7 +184,7 @@ class Bench:
             out=self.work / "runs" / run.key, max_steps=steps, batch_size=arm.batch, lr=lr,
             seed=run.seed, val_share=0.0, constraint=arm.constraint, distill=arm.distill,
             between=arm.between, clip=10.0, crop_area=task.area, flip=task.flip, resume=True,
-            progress=False,
+            progress=False, amp="bf16" if torch.device(self.device).type == "cuda" else None,
         )  # fmt: skip
         try:
             train(net, images, config)
@@ -181,7 +192,7 @@ class Bench:
             if "diverged" not in str(error) or run.lr is None:
                 raise
             self.say(f"{run.key}: {error}")
-            return made(arm, task, run.net, at=run.cut, seed=run.seed)
+            return self._made(run, data=self.data or Path())
         return net
 
     def _measured(
@@ -221,13 +232,15 @@ class Bench:
                 net = recalibrated(net, images, net.scales, **how)
             return net, lambda side: route(net.scales, side, side, "nearest")
         shown: MSUN = net
-        every = list(range(min(sizes), max(sizes) + 1))  # mixed sizes are any whole number
+        every = sizes
+        if run.tested:  # mixed sizes are any whole number
+            every = list(range(min(sizes), max(sizes) + 1))
         if reading == "served":
-            shown = made(run.spec, task, run.net, at=run.cut, seed=run.seed, inputs="scale")
+            shown = self._made(run, inputs="scale")
             shown.load_state_dict(net.state_dict())
             return recalibrated(shown, images, every, **how), "native"
         if reading.startswith("upsampled"):
-            shown = made(run.spec, task, run.net, at=run.cut, seed=run.seed, enlarge="full")
+            shown = self._made(run, enlarge="full")
             shown.load_state_dict(net.state_dict())
         if reading == "calibrated":
             shown = calibrate(shown, images, every, **how)
@@ -251,7 +264,7 @@ class Bench:
             self.say(f"{run.key}: its network is not here")
             return False
         task, lr = self.tasks[run.task], float(mine["lr"].iloc[0])
-        net = made(run.spec, task, run.net, at=run.cut, seed=run.seed)
+        net = self._made(run)
         net.load_state_dict(weights(folder / "model.pt"))
         rows = self._measured(run, task, [label], net, folder, lr, ("unread",))
         self.ledger.add("unread", rows)
@@ -297,7 +310,9 @@ def predictions(folder: Path, label: str, split: str) -> Path:
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The state of a network that this experiment trained."""
-    state: dict[str, torch.Tensor] = torch.load(checkpoint, weights_only=True)["state"]
+    state: dict[str, torch.Tensor] = torch.load(checkpoint, map_location="cpu", weights_only=True)[
+        "state"
+    ]
     return state
 
 

@@ -8,21 +8,24 @@ are here is not run again.
 from __future__ import annotations
 
 import csv
+import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from filelock import FileLock
 
 from cka_probe.files import replacing
 
-__all__ = ["RUNS", "Ledger"]
+__all__ = ["RUNS", "Ledger", "machine"]
 
 KEYS = ("task", "net", "cut", "budget", "seed", "lr", "run")
 COLUMNS: dict[str, tuple[str, ...]] = {
     # one row a training
-    "trainings": (*KEYS, "steps", "epochs", "train_gmacs", "params", "loss", "core_s", "key"),
+    "trainings": (*KEYS, "steps", "epochs", "train_gmacs", "params", "loss", "core_s", "key",
+                  "machine"),
     # one row a reading and size; top1 a share, gmacs for one image
     "runs": (*KEYS, "arm", "split", "view", "n", "top1", "mmacs", "key"),
     # one row a pair of readings of one seed and a size: arm - other on the same images
@@ -42,6 +45,16 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 RUNS = "runs"
 PARTED = (RUNS, "pairs")  # a folder of files
 PART = ("task", "net", "seed")  # what they are told apart by
+
+
+def machine(device: str) -> str:
+    """What runs are made on: the card's name, or the processor's."""
+    if torch.device(device).type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
 
 
 class Ledger:

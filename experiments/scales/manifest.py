@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from functools import cache
 
 from experiments.scales.arms import ARMS, BATCH, HALF, TUNED, Arm
+from experiments.scales.tasks import TASKS
 
-__all__ = ["CUT", "RATES", "Run", "manifest", "moving", "rate_runs", "rates", "tuning",
+__all__ = ["CUT", "Run", "larger", "manifest", "moving", "rate_runs", "rates", "tuning",
            "unread"]  # fmt: skip
 
 CUT = "layer1"  # stem and first stage, as the paper cuts ResNet-50
-UNIT = 240_000  # images of the single-scale network: a budget of 1, 12 epochs of 20,000
-RATES = (0.075, 0.15, 0.3)  # over the number of scales: the loss is a sum over them
 RATE_BUDGET = 0.25
 WIDER = 2  # how often a grid may grow at an end that is its best value
 DESIGN = "lean+small"  # what `lean` has become
@@ -30,7 +29,9 @@ PLACES = (("glyphs", "residual"), ("glyphs", "depthwise"), ("cifar10", "residual
 CUTS = {
     "residual": ("stem", "layer1", "layer2", "layer3"),
     "depthwise": ("stem", "layer1", "layer2", "layer3"),
+    "mobilenetv2": ("layer1", "layer3"),
 }
+LARGER = ("imagenette", "mobilenetv2")  # task and network of the larger tier
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,11 @@ class Run:
     """One training, and all that is read from it.
 
     Attributes:
-        task: "glyphs" or "cifar10".
-        net: "residual" or "depthwise".
+        task: "glyphs", "cifar10" or "imagenette".
+        net: "residual", "depthwise" or "mobilenetv2".
         arm: a name in `ARMS`.
         seed: of weights, order and crops.
-        budget: training MACs, in those of 240,000 images through the single-scale network.
+        budget: training MACs, in those of `Task.unit` images through the single-scale network.
         cut: where the head ends.
         lr: of a run that chooses the rate; None takes the chosen one.
         tested: whether the test images are read, or those for validation alone.
@@ -80,10 +81,13 @@ class Run:
         return key if self.lr is None else f"{key}_lr{self.lr:g}"
 
 
-def rates(arm: Arm) -> tuple[float, ...]:
-    """The learning rates among which an arm's is chosen: in proportion to the batch."""
+def rates(arm: Arm, task: str = "glyphs") -> tuple[float, ...]:
+    """The learning rates among which an arm's is chosen.
+
+    In proportion to the batch, and over the number of scales: the loss is a sum over them.
+    """
     share = arm.batch / BATCH / (3 if arm.scales == "all" else 1)
-    return tuple(round(lr * share, 5) for lr in RATES)
+    return tuple(round(lr * share, 5) for lr in TASKS[task].rates)
 
 
 def tuning(arm: str, budget: float = 1.0, net: str = "residual") -> tuple[str, float]:
@@ -93,7 +97,8 @@ def tuning(arm: str, budget: float = 1.0, net: str = "residual") -> tuple[str, f
     much: `paper` does not leave chance in a quarter; with half the batch it chose .05 for `lean`,
     where the whole budget prefers .025 by 0.7 points; on CIFAR-10 it chose .00625, where four times
     the budget prefers .025 by 1.3. So where there was time the leading arms are tuned each on its
-    own, with the whole budget: everywhere but in the first tier of the residual backbone.
+    own, with the whole budget: everywhere but in the first tier of the residual backbone, and with
+    a quarter of it in the larger tier.
 
     Args:
         arm: which.
@@ -101,6 +106,8 @@ def tuning(arm: str, budget: float = 1.0, net: str = "residual") -> tuple[str, f
         net: likewise.
     """
     family = ARMS[arm].rate_of
+    if net == LARGER[1]:
+        return arm, RATE_BUDGET
     if budget >= LONG:
         for name in (arm, family):
             if name in LEADING[:5]:
@@ -129,7 +136,7 @@ def rate_runs(
         value is an end of it, the one beyond; empty where the best lies inside or the grid has
         grown enough.
     """
-    grid = rates(ARMS[family])[: 2 if budget >= LONG else 3]
+    grid = rates(ARMS[family], task)[: 2 if budget >= LONG else 3]
     wanted = [lr for lr in grid if lr not in known]
     if not wanted:
         tried, best = sorted(known), max(known, key=lambda lr: known[lr])
@@ -138,6 +145,15 @@ def rate_runs(
         elif best == tried[-1] and sum(lr > grid[-1] for lr in tried) < WIDER:
             wanted = [round(best * 2, 5)]
     return [Run(task, net, family, 0, budget, lr=lr, tested=False) for lr in wanted]
+
+
+def larger() -> list[Run]:
+    """The larger tier: a network with ImageNet weights, for a machine with a GPU."""
+    found = []
+    for seed in range(3):
+        found += [Run(*LARGER, arm, seed) for arm in LEADING]
+        found += [Run(*LARGER, DESIGN, seed, cut=cut) for cut in CUTS[LARGER[1]][1:]]
+    return found
 
 
 def manifest() -> list[Run]:

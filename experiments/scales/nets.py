@@ -1,4 +1,4 @@
-"""The two backbones: small enough for a CPU, in the proportions of their large relatives.
+"""The backbones: two are small enough for a CPU, in the proportions of their large relatives.
 
 A 56 px image meets a stride of 4 before the first block, as 224 px meet ResNet-50's, and every
 number of pixels here is a quarter of the paper's: 8, 32, 56 for its 32, 128, 224.
@@ -11,6 +11,8 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+
+from experiments.scales.pretrained import mobilenetv2
 
 __all__ = ["BACKBONES", "UpTo", "backbone"]
 
@@ -88,7 +90,7 @@ def depthwise(channels: int, classes: int, strides: tuple[int, int]) -> OrderedD
     return parts
 
 
-BACKBONES = {"residual": residual, "depthwise": depthwise}
+BACKBONES = {"residual": residual, "depthwise": depthwise, "mobilenetv2": mobilenetv2}
 
 
 @fx.wrap
@@ -118,7 +120,7 @@ def backbone(
     """A network with random weights.
 
     Args:
-        name: "residual" or "depthwise".
+        name: "residual", "depthwise" or "mobilenetv2".
         channels: of the images.
         classes: how many.
         reference: side of the images that it is made for, in pixels.

@@ -50,6 +50,7 @@ def choices(run: Run, task: Task, images: Held, checkpoint: Path) -> list[dict[s
     """
     net = plain_net(run.spec, task, run.net, seed=run.seed)
     net.load_state_dict(single_weights(checkpoint))
+    net.to(images.images.device)
     cuts = find_cuts(net, example_images(net))
     shown = images.stacked(range(min(PROBED, len(images))))[0]
     report = probe(

@@ -1,4 +1,4 @@
-"""The two sets of images: what is drawn or unpacked once, and held as bytes."""
+"""The sets of images: what is drawn or unpacked once, and held as bytes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cka_probe import glyphs
 from cka_probe.files import replacing
+from experiments.scales.pretrained import imagenette
 from msun.data import Labelled
 
 __all__ = ["TASKS", "Held", "Task", "held", "small"]
@@ -40,6 +41,8 @@ class Task:
         area: lowest and highest share of a training crop.
         flip: whether training mirrors.
         unread: further test images, on which nobody looked at a result while the design changed.
+        unit: images of the single-scale network that are a budget of 1.
+        rates: learning rates that are tried, for one scale and a batch of 32.
     """
 
     name: str
@@ -53,6 +56,8 @@ class Task:
     area: tuple[float, float]
     flip: bool
     unread: int = 0
+    unit: int = 240_000
+    rates: tuple[float, float, float] = (0.075, 0.15, 0.3)
 
     @property
     def reference(self) -> int:
@@ -69,6 +74,10 @@ TASKS = {
         "cifar10", (8, 18, 32), tuple(range(8, 33, 2)), (1, 2), 16, 3, 10, (18_000, 2_000, 10_000),
         (0.5, 1.0), True,
     ),
+    "imagenette": Task(  # 20 epochs of a pretrained network
+        "imagenette", (32, 128, 224), tuple(range(32, 225, 16)), (2, 2), 112, 3, 10,
+        (2_000, 500, 800), (0.35, 1.0), True, unit=40_000, rates=(0.01, 0.03, 0.1),
+    ),
 }  # fmt: skip
 
 
@@ -78,7 +87,7 @@ def small(task: Task, images: tuple[int, int, int], sizes: Sequence[int]) -> Tas
 
 
 class Held(Labelled):
-    """Images of one size, kept as bytes; -1 to 1 when asked for."""
+    """Images of one size, kept as bytes; -1 to 1 when asked for, on the device where they lie."""
 
     is_pixels = False
 
@@ -103,32 +112,36 @@ class Held(Labelled):
         """Over every value."""
         sha = hashlib.sha256(str(tuple(self.images.shape)).encode())
         for start in range(0, len(self), 1024):
-            sha.update(self.images[start : start + 1024].numpy().tobytes())
+            sha.update(self.images[start : start + 1024].cpu().numpy().tobytes())
         sha.update(repr(self.labels.tolist()).encode())
         return sha.hexdigest()
 
 
-def held(task: Task, split: str, work: Path, data: Path | None = None) -> Held:
+def held(task: Task, split: str, work: Path, data: Path | None = None, device: str = "cpu") -> Held:
     """The images of a split, from `work` where they were made before.
 
     Args:
         task: which.
         split: "train", "val", "test" or, where the task has more to test on, "unread".
         work: folder that keeps them.
-        data: folder with images/, for CIFAR-10.
+        data: folder with images/, for CIFAR-10 and Imagenette.
+        device: where the images are to lie; the labels stay with the CPU.
 
     Raises:
-        ValueError: CIFAR-10 without a folder that holds it.
+        ValueError: CIFAR-10 or Imagenette without a folder that holds it.
     """
     counts = "-".join(map(str, (*task.images, task.unread) if split == "unread" else task.images))
     path = work / "images" / f"{task.name}-{task.reference}-{counts}-{split}.pt"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        made = _cifar(task, split, data) if task.name == "cifar10" else _drawn(task, split)
+        if task.name == "imagenette":
+            made = imagenette(split, data, task.images)
+        else:
+            made = _cifar(task, split, data) if task.name == "cifar10" else _drawn(task, split)
         with replacing(path) as temporary:
             torch.save(made, temporary)
     images, labels = torch.load(path, weights_only=True)
-    return Held(images, labels, f"{task.name} {split}", task.classes)
+    return Held(images.to(device), labels, f"{task.name} {split}", task.classes)
 
 
 def _drawn(task: Task, split: str) -> tuple[Tensor, Tensor]:
