@@ -5,6 +5,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 SKETCH_WORK_BYTES = 32 * 2**20
 TILE_BYTES = 128 * 2**20  # float64 numbers of one tile of every entry
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -41,6 +43,23 @@ def available_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     except (AttributeError, OSError, ValueError):
         return 2**62
+
+
+def budget(asked: int | None, device: torch.device) -> int:
+    """Bytes that a run may take where its features are.
+
+    Args:
+        asked: by the user; None for what is free.
+        device: of the features; a CUDA card gives no more than it has free itself.
+    """
+    given = available_memory() if asked is None else asked
+    if device.type != "cuda":
+        return given
+    try:
+        free, _ = torch.cuda.mem_get_info(device)
+    except (RuntimeError, AssertionError):  # no such card: refused by name, where it is put to use
+        return given
+    return min(given, int(free))
 
 
 def readable(amount: float) -> str:

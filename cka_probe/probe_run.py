@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from cka_probe.asked import made_plain
@@ -18,10 +19,11 @@ from cka_probe.estimators import ESTIMATORS, Result
 from cka_probe.features import warn_degenerate
 from cka_probe.files import plain
 from cka_probe.fingerprints import described
+from cka_probe.forwards import _device_of
 from cka_probe.images import Source, open_images, plan
 from cka_probe.kernels import Kernel, get_kernel
 from cka_probe.loop import Loop
-from cka_probe.memory import available_memory, parse_memory
+from cka_probe.memory import budget, parse_memory
 from cka_probe.models import IMAGENET
 from cka_probe.project import BLOCKS
 from cka_probe.provenance import merge_tables, model_sha256, versions
@@ -62,7 +64,7 @@ class Run:
         self.source: Source = open_images(images, n_images=ask["n_images"], seed=ask["seed"])
         self.plan = plan(len(self.source), ask["batch_size"])
         self.models, self.transforms, self.reference = self._views(model, scales)
-        self.choice = Choice(ask["estimator"], "", self.memory or available_memory(), size)
+        self.choice = Choice(ask["estimator"], "", self._budget(), size)
         if ask["estimator"] == AUTO:
             self.choice = self._auto()
         self.choice = self.ranks.agree(self.choice)  # what is free differs
@@ -118,14 +120,24 @@ class Run:
             if (self.out / STATE).exists():
                 saved = saved_options(self.out)
                 name, size = saved.get("estimator", "minibatch"), saved.get("sketch_size")
-                memory = self.memory or available_memory()
-                return Choice(str(name), "as the saved state", memory, size)
+                return Choice(str(name), "as the saved state", self._budget(), size)
         cost = self.forecast()
         return choose(
             cost.widths if cost else None, n=len(self.source), batch=ask["batch_size"],
-            kernel=self.kernel, memory=self.memory, size=ask["sketch_size"],
+            kernel=self.kernel, memory=self._budget(share=2), size=ask["sketch_size"],
             precision=ask["precision"],
         )  # fmt: skip
+
+    def _budget(self, share: int = 1) -> int:
+        """Bytes to use: as asked, else a share of what is free where the features will be."""
+        asked = self.ask["device"]
+        try:
+            device = torch.device(asked) if asked is not None else None
+        except RuntimeError:  # refused by name, where it is put to use
+            device = None
+        if device is None:
+            device = _device_of(next(iter(self.models.values())))
+        return budget(self.memory, device) // (share if self.memory is None else 1)
 
     def forecast(self) -> Estimate | None:
         """Sizes and costs, from the shapes of the first image that can be read."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import call
 from torch import nn
 
 from cka_probe import probe
@@ -155,3 +156,25 @@ def test_auto_in_a_probe_says_why_and_resumes_as_it_was(tmp_path):
     assert (
         probe(net, images, [8, 10], out=tmp_path, resume=True, memory="17MiB", **options) == report
     )
+
+
+def test_a_card_gives_no_more_than_it_has_free(monkeypatch):
+    from cka_probe import memory, probe_run
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5_000, 80_000))
+    monkeypatch.setattr(memory, "available_memory", lambda: 20_000)
+    card, host = torch.device("cuda"), torch.device("cpu")
+    assert memory.budget(None, card) == memory.budget(7_000, card) == 5_000
+    assert memory.budget(3_000, card) == 3_000
+    assert memory.budget(None, host) == 20_000
+    assert memory.budget(30_000, host) == 30_000
+    # and a run asks about the device that its features will be on
+    asked = []
+    monkeypatch.setattr(probe_run, "budget", lambda given, device: asked.append(device) or 2**30)
+    call({"images": 8})
+    assert asked == [host]
+    with pytest.raises(ValueError, match="cannot use device: 'cuda:7'"):
+        call({"images": 8, "device": "cuda:7"})
+    with pytest.raises(ValueError, match="cannot use device: 'nonsense'"):
+        call({"images": 8, "device": "nonsense"})
+    assert asked[1:] == [torch.device("cuda:7"), host]
