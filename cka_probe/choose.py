@@ -8,7 +8,6 @@ from pathlib import Path
 
 from cka_probe.kernels import Kernel
 from cka_probe.memory import (
-    available_memory,
     exact_bytes,
     minibatch_bytes,
     readable,
@@ -41,7 +40,7 @@ def choose(
     n: int,
     batch: int,
     kernel: Kernel,
-    memory: int | None,
+    memory: int,
     size: int | None = None,
     precision: float | None = None,
 ) -> Choice:
@@ -55,22 +54,21 @@ def choose(
         n: images.
         batch: images per batch.
         kernel: `sketch` is for the linear one.
-        memory: bytes; None for half of what is free.
+        memory: bytes.
         size: k, if the user fixed it.
         precision: wanted error of the sketch, if the user did.
 
     Raises:
         ValueError: nothing fits the budget.
     """
-    given = available_memory() // 2 if memory is None else memory
-    budget = max(given - OVERHEAD, 0)
+    budget = max(memory - OVERHEAD, 0)
     if widths is None:
         why = "sizes are not known before the start: memory that does not grow with images"
-        return Choice("minibatch", why, given)
+        return Choice("minibatch", why, memory)
     sizes, rbf = [(width, 4) for width in widths], kernel.needs_bandwidth
     whole = exact_bytes(n, sizes)
     if whole <= budget:
-        return Choice("exact", f"{readable(whole)} fit in {readable(budget)}", given)
+        return Choice("exact", f"{readable(whole)} fit in {readable(budget)}", memory)
     too_much = f"exact wants {readable(whole)} of {readable(budget)}"
     small = minibatch_bytes(len(widths), batch, rbf=rbf)
     k = _sketch_that_fits(sizes, n, batch, budget, size, precision)
@@ -82,17 +80,17 @@ def choose(
     ):
         takes = readable(sketch_bytes(n, sizes, k, batch))
         why = f"{too_much}; sketch of {k} takes {takes}, standard error about {own_error(k):.3f}"
-        return Choice("sketch", why, given, k)
+        return Choice("sketch", why, memory, k)
     if small > budget:
         raise ValueError(
-            f"memory budget too small: {readable(given)}: give {readable(small + OVERHEAD)}, or "
+            f"memory budget too small: {readable(memory)}: give {readable(small + OVERHEAD)}, or "
             f"use fewer than {len(widths)} layers x views, or smaller batches than {batch}"
         )
     why = (
         f"{too_much}; batches of {batch} take {readable(small)}, "
         f"within about {batch_error(batch):.3f} of exact"
     )
-    return Choice("minibatch", why, given)
+    return Choice("minibatch", why, memory)
 
 
 def usable(memory: int) -> int:

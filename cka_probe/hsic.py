@@ -164,7 +164,8 @@ def cka_loss(
     Kornblith et al. 2019, equation 3, on HSIC_1 (Song et al. 2012). The RBF bandwidth is
     `bandwidth` times the median distance and takes part in the gradient. Float16 and bfloat16
     features are raised to float32 (float64 features stay), sums are in float64. Degenerate
-    features (constant, or fewer directions than HSIC_1 can see) give nan, as in `cka`.
+    features (constant, or fewer directions than HSIC_1 can see) give nan, as in `cka`. Its value is
+    free of TF32; its gradient follows torch's setting, as the network's does.
 
     Args:
         x: (n, p) features, n >= 4.

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -45,21 +45,25 @@ def available_memory() -> int:
         return 2**62
 
 
-def budget(asked: int | None, device: torch.device) -> int:
-    """Bytes that a run may take where its features are.
+def free_memory(devices: Iterable[torch.device], share: int = 1) -> int:
+    """Bytes that a run may take where its features are, unless the user says how many.
 
     Args:
-        asked: by the user; None for what is free.
-        device: of the features; a CUDA card gives no more than it has free itself.
+        devices: of the networks. A CUDA card gives half of what it has free, at most, counting what
+            torch holds there unused: networks and their maps want room on it, too.
+        share: what the host has free is divided by it.
     """
-    given = available_memory() if asked is None else asked
-    if device.type != "cuda":
-        return given
-    try:
-        free, _ = torch.cuda.mem_get_info(device)
-    except (RuntimeError, AssertionError):  # no such card: refused by name, where it is put to use
-        return given
-    return min(given, int(free))
+    found = available_memory() // share
+    for device in set(devices):
+        if device.type != "cuda":
+            continue
+        try:
+            free, _ = torch.cuda.mem_get_info(device)
+            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        except (RuntimeError, AssertionError):  # no such card: refused by name, when it is used
+            continue
+        found = min(found, int(free) // 2)
+    return found
 
 
 def readable(amount: float) -> str:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from cka_probe.forwards import _device_of
 from cka_probe.images import Source, open_images, plan
 from cka_probe.kernels import Kernel, get_kernel
 from cka_probe.loop import Loop
-from cka_probe.memory import budget, parse_memory
+from cka_probe.memory import free_memory, parse_memory
 from cka_probe.models import IMAGENET
 from cka_probe.project import BLOCKS
 from cka_probe.provenance import merge_tables, model_sha256, versions
@@ -130,14 +131,13 @@ class Run:
 
     def _budget(self, share: int = 1) -> int:
         """Bytes to use: as asked, else a share of what is free where the features will be."""
-        asked = self.ask["device"]
-        try:
-            device = torch.device(asked) if asked is not None else None
-        except RuntimeError:  # refused by name, where it is put to use
-            device = None
-        if device is None:
-            device = _device_of(next(iter(self.models.values())))
-        return budget(self.memory, device) // (share if self.memory is None else 1)
+        if self.memory is not None:
+            return self.memory
+        asked, devices = self.ask["device"], [_device_of(net) for net in self.models.values()]
+        if asked is not None:
+            with suppress(RuntimeError):  # a bad one is refused by name, when it is used
+                devices = [torch.device(asked)]
+        return free_memory(devices, share)
 
     def forecast(self) -> Estimate | None:
         """Sizes and costs, from the shapes of the first image that can be read."""

@@ -46,10 +46,7 @@ class TrainConfig:
         distill_after: Share of the steps before it begins; None is the warm-up.
         ema: Decay of the running mean of weights and statistics, which is then what is measured
             and kept; early on, (1 + step) / (10 + step) where that is smaller. None keeps none.
-        amp: Autocast to "bf16" or "fp16" (with loss scaling); None computes in float32. On NVIDIA
-            cards leave the network's memory format as it is: cuDNN (9, on an H100) made kernels
-            for channels-last depthwise convolutions anew at every side, 5 to 10 seconds each, and
-            `between` draws many sides; the usual format took 0.1.
+        amp: Autocast to "bf16" or "fp16" (with loss scaling); None computes in float32.
         augment: "auto" or "none" (see `msun.crops.augmentation`).
         crop_area: Lowest and highest share of the area of a crop; None is by the data.
         flip: Whether to mirror; None is by the data.
@@ -58,7 +55,9 @@ class TrainConfig:
             and then resized, antialiased, to what the network feeds such images at. None: half,
             where the policy resizes any ("small", "scale") and there are several scales, else 0.
             With 1 hardly any crop is as sharp as an image of the scale itself, which costs
-            accuracy there until `msun.recalibrated`.
+            accuracy there until `msun.recalibrated`. On a CUDA card do not train a channels-last
+            network so: cuDNN may compile kernels for each new side, seconds each (seen with
+            depthwise convolutions and `amp`).
         val_share: Share of the images that is kept from training and measured after each epoch.
         rows: Outputs of the head that stand for the classes, in their order; None is all.
         n_images: A seeded random subset; of the glyphs, how many are drawn.

@@ -158,23 +158,38 @@ def test_auto_in_a_probe_says_why_and_resumes_as_it_was(tmp_path):
     )
 
 
-def test_a_card_gives_no_more_than_it_has_free(monkeypatch):
+def test_a_card_gives_half_of_what_it_has_free(monkeypatch):
     from cka_probe import memory, probe_run
 
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5_000, 80_000))
+    card, other, host = torch.device("cuda:0"), torch.device("cuda:1"), torch.device("cpu")
+    free = {card: 8_000, other: 5_000}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], 80_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1_000)
     monkeypatch.setattr(memory, "available_memory", lambda: 20_000)
-    card, host = torch.device("cuda"), torch.device("cpu")
-    assert memory.budget(None, card) == memory.budget(7_000, card) == 5_000
-    assert memory.budget(3_000, card) == 3_000
-    assert memory.budget(None, host) == 20_000
-    assert memory.budget(30_000, host) == 30_000
-    # and a run asks about the device that its features will be on
+    assert memory.free_memory([host]) == 20_000
+    assert memory.free_memory([host, host], share=2) == 10_000
+    assert memory.free_memory([card]) == memory.free_memory([card], share=2) == 5_000
+    assert memory.free_memory([card], share=5) == 4_000
+    assert memory.free_memory([host, card, other]) == 3_500
+    # and a run asks about the devices that its features will be on
     asked = []
-    monkeypatch.setattr(probe_run, "budget", lambda given, device: asked.append(device) or 2**30)
+    monkeypatch.setattr(
+        probe_run, "free_memory", lambda devices, share: asked.append((devices, share)) or 2**30
+    )
     call({"images": 8})
-    assert asked == [host]
-    with pytest.raises(ValueError, match="cannot use device: 'cuda:7'"):
-        call({"images": 8, "device": "cuda:7"})
-    with pytest.raises(ValueError, match="cannot use device: 'nonsense'"):
-        call({"images": 8, "device": "nonsense"})
-    assert asked[1:] == [torch.device("cuda:7"), host]
+    call({"images": 8, "estimator": "auto"})
+    assert asked == [([host, host], 1), ([host, host], 1), ([host, host], 2)]
+    for bad in ("cuda:99", "nonsense"):
+        with pytest.raises(ValueError, match=f"cannot use device: '{bad}'"):
+            call({"images": 8, "device": bad})
+    assert asked[3:] == [([torch.device("cuda:99")], 1), ([host, host], 1)]
+    call({"images": 8, "memory": "1GiB"})  # what the user says is not asked about
+    assert len(asked) == 5
+
+
+def test_a_card_that_is_not_there_is_no_limit():
+    from cka_probe import memory
+
+    missing = torch.device("cuda:99")
+    assert memory.free_memory([missing]) == pytest.approx(memory.free_memory([]), rel=0.2)

@@ -345,6 +345,6 @@ def test_lists_and_dicts_of_inputs():
 
 def test_wrapped_networks_are_tapped_inside():
     model = Shared()
-    wrapped = nn.DataParallel(model)  # which puts it on a card, if there is one
+    wrapped = nn.DataParallel(model, [0])  # which puts it on a card, if there is one
     found, _ = collected(wrapped, images().to(model.conv1.weight.device))
     assert list(found) == SHARED

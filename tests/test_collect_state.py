@@ -332,7 +332,7 @@ def test_preserved_rng():
 
 def test_failing_module():
     model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 9)), nn.ReLU())
-    for wrapped in (model, nn.DataParallel(model)):  # which puts it on a card, if there is one
+    for wrapped in (model, nn.DataParallel(model, [0])):  # which puts it on a card, if any
         x = images().to(next(model.parameters()).device)
         with pytest.raises(RuntimeError) as caught:
             wrapped(x)

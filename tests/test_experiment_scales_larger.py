@@ -126,7 +126,7 @@ def test_the_larger_tier_is_its_own_list_and_tunes_every_arm():
 
 
 def test_its_rival_costs_what_lean_costs():
-    """d3 enlarges to a side at which it has at least lean's MACs, and at most 5 % more."""
+    """d3 enlarges to a side at which its MACs are lean's: 1 % below to 5 % above."""
     from experiments.scales.arms import ARMS, made
     from experiments.scales.tasks import TASKS
 

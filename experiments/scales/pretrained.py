@@ -17,6 +17,8 @@ __all__ = ["imagenette", "load_pretrained", "mobilenetv2"]
 WEIGHTS = Path("weights") / "mobilenet_v2_qat.timm_same.safetensors"
 IMAGES = Path("images") / "imagenette224"
 NAMES = Path("images") / "imagenet_classes.json"
+# timm's blocks of each; maps have a quarter of the side in layer1, a sixteenth in layer3
+STAGES = {"layer1": (0, 2), "layer2": (2, 3), "layer3": (3, 5), "layer4": (5, 7)}
 
 
 def mobilenetv2(
@@ -34,13 +36,9 @@ def mobilenetv2(
     if channels != 3 or strides != (2, 2):
         raise ValueError(f"not MobileNetV2: {channels} channels, strides {strides}: 3, (2, 2)")
     net = timm.create_model("mobilenetv2_100", pad_type="same", num_classes=classes)
-    blocks = list(net.blocks)
     return OrderedDict(
         stem=nn.Sequential(net.conv_stem, net.bn1),
-        layer1=nn.Sequential(*blocks[:2]),  # 24 channels, a quarter of the side
-        layer2=nn.Sequential(blocks[2]),
-        layer3=nn.Sequential(*blocks[3:5]),  # 96 channels, a sixteenth
-        layer4=nn.Sequential(*blocks[5:]),
+        **{name: nn.Sequential(*net.blocks[a:b]) for name, (a, b) in STAGES.items()},
         top=nn.Sequential(net.conv_head, net.bn2),
         pool=net.global_pool,
         fc=net.classifier,
@@ -57,7 +55,8 @@ def load_pretrained(net: nn.Sequential, data: Path | None) -> None:
         data: folder with weights/ and images/.
 
     Raises:
-        ValueError: the weights are not there.
+        FileNotFoundError: no images, whose folders name the classes.
+        ValueError: the weights are not there, or another network's.
     """
     from safetensors.torch import load_file
 
@@ -83,11 +82,8 @@ def _renamed(key: str) -> str:
     if first in parts:
         return f"{parts[first]}.{rest}"
     number, _, rest = rest.partition(".")
-    stage, start = next((s, a) for s, a, b in STAGES if a <= int(number) < b)
+    stage, start = next((name, a) for name, (a, b) in STAGES.items() if a <= int(number) < b)
     return f"{stage}.{int(number) - start}.{rest}"
-
-
-STAGES = (("layer1", 0, 2), ("layer2", 2, 3), ("layer3", 3, 5), ("layer4", 5, 7))
 
 
 def _classes(data: Path) -> list[tuple[str, int]]:
