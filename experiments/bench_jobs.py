@@ -1,14 +1,15 @@
 """The jobs of bench_probe.py: who competes on what, and the truth in float64.
 
 Every library gets the same numbers through its documented interface: the same network in eval mode
-and without gradients, the same layers, batches of the same images.
+and without gradients, the same layers, batches of the same images. On another `device` than the CPU
+a job takes bench_card.py's truth.
 """
 
 import contextlib
 import importlib
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ class Job(NamedTuple):
     against: tuple[str, ...]
     truth: Callable[[], np.ndarray]
     once: tuple[str, ...] = ()  # too slow for turns: timed once
+    given: tuple[Any, ...] = ()  # what the truth is of
 
 
 def loader(images: Tensor, batch: int) -> DataLoader[Any]:
@@ -83,37 +85,53 @@ def sizes(images: Tensor, sides: list[int]) -> list[Tensor]:
     return [functional.interpolate(images, (s, s), **how) for s in sides]
 
 
-def truth_of(model: nn.Module, layers: list[str], views: list[Tensor], batch: int) -> np.ndarray:
-    """Float64 Grams of cloned outputs, HSIC by Song's three terms, batches weighted by size."""
-    oracle = importlib.import_module("oracle")
-    modules, kept = dict(model.named_modules()), dict[str, Tensor]()
+def outputs(
+    model: nn.Module,
+    layers: list[str],
+    views: list[Tensor],
+    batch: int,
+    keep: Callable[[Tensor], Any],
+    device: str = "cpu",
+) -> Iterator[tuple[int, list[Any]]]:
+    """Batch by batch: its size, and `keep` of every layer's output as it is put out, by view."""
+    modules, kept = dict(model.named_modules()), dict[str, Any]()
     hooks = [
         modules[name].register_forward_hook(
-            lambda _m, _x, out, name=name: kept.__setitem__(name, out.clone())
+            lambda _m, _x, out, name=name: kept.__setitem__(name, keep(out.flatten(1)))
         )
         for name in layers
     ]
-    total: Any = 0.0
     for parts in zip(*(view.split(batch) for view in views), strict=True):
-        grams = []
+        found = []
         for part in parts:
             with torch.inference_mode():
-                model(part)
-            grams += [oracle.shifted(oracle.gram(kept[name].flatten(1))) for name in layers]
-        pairs = [[oracle.hsic1(a, b) if i >= j else 0.0 for j, b in enumerate(grams)]
-                 for i, a in enumerate(grams)]  # fmt: skip
-        total = total + len(parts[0]) * np.array(pairs)
+                model(part.to(device))
+            found += [kept[name] for name in layers]
+        yield len(parts[0]), found
     for hook in hooks:
         hook.remove()
+
+
+def truth_of(model: nn.Module, layers: list[str], views: list[Tensor], batch: int) -> np.ndarray:
+    """Float64 Grams of outputs, HSIC by Song's three terms, batches weighted by size."""
+    oracle = importlib.import_module("oracle")
+    total: Any = 0.0
+    gram = lambda out: oracle.shifted(oracle.gram(out))  # noqa: E731
+    for size, grams in outputs(model, layers, views, batch, gram):
+        pairs = [[oracle.hsic1(a, b) if i >= j else 0.0 for j, b in enumerate(grams)]
+                 for i, a in enumerate(grams)]  # fmt: skip
+        total = total + size * np.array(pairs)
     total = np.tril(total) + np.tril(total, -1).T
     scale = np.sqrt(np.diag(total))
     return np.asarray(total / scale[:, None] / scale[None])
 
 
-def network_job(model: nn.Module, layers: list[str], n: int, side: int, batch: int) -> Job:
+def network_job(
+    model: nn.Module, layers: list[str], n: int, side: int, batch: int, device: str = "cpu"
+) -> Job:
     images = torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(0))
     ordered = images[order(n, 0)]  # the others' batches hold the same images as ours
-    model.eval()
+    model.eval().to(device)
 
     def ours() -> np.ndarray:
         how = {"layers": layers, "batch_size": batch, "progress": False}
@@ -121,41 +139,42 @@ def network_job(model: nn.Module, layers: list[str], n: int, side: int, batch: i
 
     return Job(
         {
-            "bare": lambda: bare(model, [ordered], batch),
+            "bare": lambda: bare(model, [ordered], batch, device),
             "cka-probe": ours,
-            "pytorch-cka": lambda: by_pytorch_cka(model, layers, ordered, batch),
+            "pytorch-cka": lambda: by_pytorch_cka(model, layers, ordered, batch, device),
         },
         ("bare", "pytorch-cka"),
         lambda: truth_of(model, layers, [ordered], batch),
+        given=(model, layers, [ordered], batch),
     )
 
 
-def resnet18() -> Job:
+def resnet18(n: int = 512, batch: int = 64, device: str = "cpu") -> Job:
     model = torchvision.models.resnet18()
     convs = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and "down" not in n]
-    return network_job(model, [*convs, "fc"], 512, 64, 64)
+    return network_job(model, [*convs, "fc"], n, 64, batch, device)
 
 
 def blocks(model: nn.Module) -> list[str]:
     return ["maxpool", *(n for n, m in model.named_modules() if type(m).__name__ == "Bottleneck")]
 
 
-def resnet50_blocks() -> Job:
+def resnet50_blocks(n: int = 64, batch: int = 32, device: str = "cpu") -> Job:
     model = torchvision.models.resnet50()
-    return network_job(model, blocks(model), 64, 224, 32)
+    return network_job(model, blocks(model), n, 224, batch, device)
 
 
-def resnet50_convs() -> Job:
+def resnet50_convs(n: int = 512, batch: int = 64, device: str = "cpu") -> Job:
     model = torchvision.models.resnet50()
     convs = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
-    return network_job(model, convs, 512, 64, 64)
+    return network_job(model, convs, n, 64, batch, device)
 
 
-def eight_scales() -> Job:
-    model = torchvision.models.resnet50().eval()
-    sides, layers, batch = [32, 40, 48, 56, 64, 72, 80, 96], blocks(model), 64
-    images = torch.randn(256, 3, 96, 96, generator=torch.Generator().manual_seed(0))
-    views = sizes(images[order(256, 0)], sides)
+def eight_scales(n: int = 256, batch: int = 64, device: str = "cpu") -> Job:
+    model = torchvision.models.resnet50().eval().to(device)
+    sides, layers = [32, 40, 48, 56, 64, 72, 80, 96], blocks(model)
+    images = torch.randn(n, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    views = sizes(images[order(n, 0)], sides)
 
     def ours() -> np.ndarray:
         how = {"layers": layers, "batch_size": batch, "progress": False}
@@ -163,47 +182,44 @@ def eight_scales() -> Job:
 
     return Job(
         {
-            "bare": lambda: bare(model, views, batch),
+            "bare": lambda: bare(model, views, batch, device),
             "cka-probe": ours,
-            "torch-cka": lambda: by_torch_cka(model, layers, views, batch),
+            "torch-cka": lambda: by_torch_cka(model, layers, views, batch, device),
         },
         ("bare", "torch-cka"),
         lambda: truth_of(model, layers, views, batch),
         once=("torch-cka",),
+        given=(model, layers, views, batch),
     )
 
 
-def features(n: int, widths: list[int], kernel: str = "linear") -> Job:
+def truth_of_features(features: list[Tensor], kernel: str) -> np.ndarray:
+    """Float64 Grams, U-centred: their products are the unbiased HSIC but for a common factor."""
+    oracle = importlib.import_module("oracle")
+    grams = (oracle.shifted(oracle.gram(x, kernel)) for x in features)
+    centred = [centre(k).ravel() for k in grams]  # in place: no second copy
+    hsic = np.array([[a @ b for a in centred] for b in centred])
+    scale = np.sqrt(np.diag(hsic))
+    return np.asarray(hsic / scale[:, None] / scale[None])
+
+
+def features(n: int, widths: list[int], kernel: str = "linear", device: str = "cpu") -> Job:
     g = torch.Generator().manual_seed(0)
-    shared = torch.randn(n, 32, generator=g)
-    kept = {
-        f"layer {k}": shared @ torch.randn(32, d, generator=g) / 4 + torch.randn(n, d, generator=g)
-        for k, d in enumerate(widths)
-    }
+    shared, kept = torch.randn(n, 32, generator=g), dict[str, Tensor]()
+    for k, d in enumerate(widths):
+        x = shared @ torch.randn(32, d, generator=g) / 4 + torch.randn(n, d, generator=g)
+        kept[f"layer {k}"] = x.to(device)
 
     def ours(kernel: str) -> np.ndarray:
         return cka_probe.cka_matrix(kept, kernel=kernel).cka
 
-    def truth() -> np.ndarray:
-        oracle = importlib.import_module("oracle")
-        grams = (oracle.shifted(oracle.gram(x, kernel)) for x in kept.values())
-        centred = [centre(k).ravel() for k in grams]  # in place: no second copy
-        hsic = np.array([[a @ b for a in centred] for b in centred])
-        scale = np.sqrt(np.diag(hsic))
-        return np.asarray(hsic / scale[:, None] / scale[None])
-
-    if kernel == "rbf":
-        calls: dict[str, Call] = {
-            "cka-probe": lambda: ours("rbf"),
-            "linear": lambda: ours("linear"),
-        }
-        return Job(calls, ("linear",), truth)
-
     def theirs() -> Any:
         return importlib.import_module("cka").cka_from_features(*[list(kept.values())] * 2)
 
-    calls = {"cka-probe": lambda: ours("linear"), "pytorch-cka": theirs}
-    return Job(calls, ("pytorch-cka",), truth)
+    calls: dict[str, Call] = {"cka-probe": lambda: ours(kernel)}
+    other, call = ("linear", lambda: ours("linear")) if kernel == "rbf" else ("pytorch-cka", theirs)
+    given = (list(kept.values()), kernel)
+    return Job({**calls, other: call}, (other,), lambda: truth_of_features(*given), given=given)
 
 
 def centre(k: np.ndarray) -> np.ndarray:

@@ -13,7 +13,9 @@ values. `bare` is the forward passes alone under `inference_mode`.
 
 With `--device cuda` the jobs are those of bench_card.py, calls end when the card is done, memory is
 the card's (the most that a call after the first had allocated above what was there before it), and
-rows go to results/bench_probe_cuda.csv with the card's name.
+rows go to results/bench_probe_cuda.csv with the card's name. The truth is then float64 code of
+bench_card.py, on the card and from the outputs as they are there: tests/oracle.py would take
+minutes. tests/test_bench_card.py holds the one against the other.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,78 +57,50 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure(name: str, threads: int, repeats: int) -> list[dict[str, Any]]:
-    """One job: warm-up, turns, ratios of minima."""
+def measure(
+    name: str, make: Callable[[], Job], threads: int, repeats: int,
+    device: str = "cpu", without: tuple[str, ...] = (),
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One job: warm-up, turns, ratios of minima; memory the most of all turns."""
     torch.set_num_threads(threads)
-    job = JOBS[name]()
-    best: dict[str, tuple[float, float]] = {}
-    peaks: dict[str, float] = {}
-    matrices: dict[str, Any] = {}
+    job = make()
+    on_card, fields = device == "cuda", CARD_FIELDS if device == "cuda" else FIELDS
+    held = card_mib if on_card else held_mib
+    calls = {who: call for who, call in job.calls.items() if who not in without}
+    against = [other for other in job.against if other in calls]
+    best, peaks, matrices = dict[str, tuple[float, float]](), dict[str, float](), dict[str, Any]()
     for turn in range(repeats + 1):
-        for who, call in job.calls.items():
-            if who in job.once:
-                if turn == 0:
-                    before = held_mib(fresh=True)
-                    clock, cpu, matrices[who] = timed(call)
-                    best[who] = (clock, cpu)
-                    peaks[who] = held_mib() - before
+        for who, call in calls.items():
+            once = who in job.once
+            if turn and once:
                 continue
-            clock, cpu, matrices[who] = timed(call)
-            if turn:  # the first one warms up
+            here = on_card or once  # or else in a process of its own
+            before = held(fresh=True) if here else 0.0
+            clock, cpu, matrices[who] = timed(call, device)
+            if turn or once:  # the first one warms up
+                if here:
+                    peaks[who] = max(peaks.get(who, 0.0), held() - before)
                 low = best.get(who, (math.inf, math.inf))
                 best[who] = (min(low[0], clock), min(low[1], cpu))
     truth, rows = job.truth(), []
-    for who in job.calls:
+    for who in calls:
         if who not in peaks:
             peaks[who] = peak_mib(name, who, threads)
         error = ""
         if matrices[who] is not None and who != "linear":
-            error = f"{np.abs(np.asarray(matrices[who], dtype=float) - truth).max():.1e}"
-        turns = 1 if who in job.once else repeats
-        for other in job.against if who == "cka-probe" else job.against[:1]:
-            ratio = [f"{a / b:.3f}" for a, b in zip(best[who], best[other], strict=True)]
-            rows.append([name, threads, who, other, *ratio, f"{best[who][1]:.3f}",
-                         f"{peaks[who]:.0f}", error, turns, torch.__version__])  # fmt: skip
-    return [dict(zip(FIELDS, row, strict=True)) for row in rows]
-
-
-def measure_card(
-    name: str, job: Job, device: str, threads: int, repeats: int, without: tuple[str, ...]
-) -> list[dict[str, Any]]:
-    """One job on a card: as `measure`, in one process, with the card's memory."""
-    torch.set_num_threads(threads)
-    calls = {who: call for who, call in job.calls.items() if who not in without}
-    best, peaks, matrices = dict[str, tuple[float, float]](), dict[str, float](), dict[str, Any]()
-    for turn in range(repeats + 1):
-        for who, call in calls.items():
-            if turn and who in job.once:
-                continue
-            before = card_mib(device, fresh=True)
-            clock, cpu, matrices[who] = timed(call, device)
-            if turn or who in job.once:
-                peaks[who] = card_mib(device) - before
-                low = best.get(who, (math.inf, math.inf))
-                best[who] = (min(low[0], clock), min(low[1], cpu))
-    truth, rows = job.truth(), []
-    card = torch.cuda.get_device_name() if device == "cuda" else device
-    for who in calls:
-        error = ""
-        if matrices[who] is not None and who != "linear":
             found = torch.as_tensor(matrices[who]).double().cpu().numpy()
             error = f"{np.abs(found - truth).max():.1e}"
-        others = [other for other in job.against if other in calls]
-        for other in others if who.startswith("cka-probe") else others[:1]:
+        turns = 1 if who in job.once else repeats
+        on = [f"{best[who][0]:.4f}", torch.cuda.get_device_name()] if on_card else []
+        for other in against if who.startswith("cka-probe") else against[:1]:
             ratio = [f"{a / b:.3f}" for a, b in zip(best[who], best[other], strict=True)]
             rows.append([name, threads, who, other, *ratio, f"{best[who][1]:.3f}",
-                         f"{peaks[who]:.0f}", error, 1 if who in job.once else repeats,
-                         torch.__version__, f"{best[who][0]:.4f}", card])  # fmt: skip
-    return [dict(zip(CARD_FIELDS, row, strict=True)) for row in rows]
+                         f"{peaks[who]:.0f}", error, turns, torch.__version__, *on])  # fmt: skip
+    return [dict(zip(fields, row, strict=True)) for row in rows]
 
 
-def card_mib(device: str, *, fresh: bool = False) -> float:
-    """The most memory that tensors have had on the card; `fresh` counts from here. 0 on a CPU."""
-    if device != "cuda":
-        return 0.0
+def card_mib(*, fresh: bool = False) -> float:
+    """The most memory that tensors have had on the card; `fresh` counts from here."""
     if fresh:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -208,16 +183,14 @@ def main() -> None:
         print(table(results))
         return
     began, jobs = time.perf_counter(), card_jobs(args.device) if on_card else JOBS
-    without, repeats = tuple(args.without.split(",")), args.repeats or (5 if on_card else 7)
+    without = tuple(args.without.split(",")) if on_card else ()
+    repeats = args.repeats or (5 if on_card else 7)
     for threads in map(int, args.threads.split(",")):
         for name in jobs:
             late = time.perf_counter() - began > args.within
             if late or (args.jobs and not any(word in name for word in args.jobs)):
                 continue
-            if on_card:
-                rows = measure_card(name, jobs[name](), args.device, threads, repeats, without)
-            else:
-                rows = measure(name, threads, repeats)
+            rows = measure(name, jobs[name], threads, repeats, args.device, without)
             write(rows, results, fields)
             for row in rows:
                 print(" | ".join(str(value) for value in row.values()), flush=True)
