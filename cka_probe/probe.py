@@ -89,7 +89,7 @@ def probe(
         skip_bad: leave out images that cannot be read, and name them in `report.meta`.
         workers: processes that decode images; 0 decodes here.
         memory: budget above the forwards, bytes or "4GiB", where the features are. None: what is
-            free for `exact`, half of it for "auto"; on a CUDA card half of what it has free at most.
+            free for `exact`, half of it for "auto"; on a CUDA card at most half of what it has.
         sketch_size: k of `sketch`; 512 where None.
         precision: wanted standard error of the sketch itself, instead of `sketch_size`.
         out: folder for the saved state and the finished report.npz; None saves nothing.
