@@ -79,8 +79,9 @@ def _engine(
     with Collector(model, layers) as collector:
         for index, parts in enumerate(zip(*(view.split(batch) for view in views), strict=True)):
             for view, part in enumerate(parts):
-                sink = lambda tap, x, view=view: estimator.put((view, tap), x)  # noqa: E731
-                collector.run(part.to(device), sink)
+                collector.run(
+                    part.to(device), lambda tap, x, view=view: estimator.put((view, tap), x)
+                )
             estimator.close_batch(index)
     return np.asarray(estimator.result().cka)
 

@@ -115,8 +115,11 @@ def outputs(
 def truth_of(model: nn.Module, layers: list[str], views: list[Tensor], batch: int) -> np.ndarray:
     """Float64 Grams of outputs, HSIC by Song's three terms, batches weighted by size."""
     oracle = importlib.import_module("oracle")
+
+    def gram(out: Tensor) -> Any:
+        return oracle.shifted(oracle.gram(out))
+
     total: Any = 0.0
-    gram = lambda out: oracle.shifted(oracle.gram(out))  # noqa: E731
     for size, grams in outputs(model, layers, views, batch, gram):
         pairs = [[oracle.hsic1(a, b) if i >= j else 0.0 for j, b in enumerate(grams)]
                  for i, a in enumerate(grams)]  # fmt: skip

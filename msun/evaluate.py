@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from cka_probe.estimators import Minibatch
 from cka_probe.images import MIN_IMAGES, order, plan
-from cka_probe.kernels import NonFiniteFeaturesError
 from cka_probe.models import LoadedModel
 from cka_probe.progress import progress_bar
 from cka_probe.scales import check_scales
@@ -25,7 +24,7 @@ from cka_probe.views import resize
 from msun.agree import Feed, feeding, normalisation, open_tests, reference_of, rows_for
 from msun.crops import Crops
 from msun.data import Labelled
-from msun.measure import Measured
+from msun.measure import Measured, close_features, put_features
 from msun.scores import Predictions, accuracy, drawn_sides, judge, student_interval
 
 __all__ = ["compare", "evaluate"]
@@ -227,9 +226,9 @@ class _Job:
                     if k < m:
                         self._score(found, k, logits, labels, rows)
                     if estimator is not None:
-                        _put(estimator, side, features, self.own.name)
+                        put_features(estimator, side, features, self.own.name)
                 if estimator is not None:
-                    _close(estimator, index, self.own.name)
+                    close_features(estimator, index, self.own.name)
                 bar.update(len(rows))
             bar.leave = True
         self.cka = None if estimator is None else estimator.result()
@@ -336,25 +335,3 @@ def _nothing(views: list[str], n: int) -> Predictions:
     """Room for the predictions of n images."""
     small = [np.zeros((n, len(views)), dtype=np.int64) for _ in range(3)]
     return Predictions(np.array(views), np.zeros(n, dtype=np.int64), *small)
-
-
-def _put(estimator: Minibatch, side: int, features: Tensor | None, name: str) -> None:
-    if features is None:
-        return
-    try:
-        estimator.put(side, features)
-    except NonFiniteFeaturesError as error:
-        raise _not_finite(name, side, error) from None
-
-
-def _close(estimator: Minibatch, index: int, name: str) -> None:
-    """End a batch; an accelerator tells only then what was not finite in it."""
-    try:
-        estimator.close_batch(index)
-    except NonFiniteFeaturesError as error:
-        raise _not_finite(name, error.key, error) from None
-
-
-def _not_finite(name: str, side: int, error: Exception) -> ValueError:
-    way = "mend the network's weights, or its input's normalisation"
-    return ValueError(f"features are not finite: {name} at {side} px, {error}: {way}")

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from cka_probe.collect import _eval_mode, failing_module, preserved_rng
 from cka_probe.decode import one_line
+from cka_probe.estimators import Minibatch
 from cka_probe.forwards import _device_of, _move
+from cka_probe.kernels import NonFiniteFeaturesError
 from cka_probe.layers import ROOT, module_paths, unwrap
 from msun.costs import Shadow, parameter_count
 from msun.model import MSUN
 
-__all__ = ["Measured"]
+__all__ = ["Measured", "close_features", "put_features"]
 
 _RUNS = 15  # of a latency, at most
 _LEAST_RUNS = 3
@@ -203,3 +205,34 @@ class Measured:
             if len(took) > _LEAST_RUNS and sum(took) > 1000 * _BUDGET_S:
                 break
         return statistics.median(took[1:])
+
+
+def put_features(estimator: Minibatch, side: int, features: Tensor | None, name: str) -> None:
+    """Hand the features of a batch at one side over, where there are any.
+
+    Raises:
+        ValueError: they are not finite; on the CPU.
+    """
+    if features is None:
+        return
+    try:
+        estimator.put(side, features)
+    except NonFiniteFeaturesError as error:
+        raise _not_finite(name, side, error) from None
+
+
+def close_features(estimator: Minibatch, index: int, name: str) -> None:
+    """End a batch; an accelerator tells only then what was not finite in it.
+
+    Raises:
+        ValueError: features are not finite.
+    """
+    try:
+        estimator.close_batch(index)
+    except NonFiniteFeaturesError as error:
+        raise _not_finite(name, error.key, error) from None
+
+
+def _not_finite(name: str, side: int, error: Exception) -> ValueError:
+    way = "mend the network's weights, or its input's normalisation"
+    return ValueError(f"features are not finite: {name} at {side} px, {error}: {way}")

@@ -6,21 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from training import NET
 
 from msun import checkpoint, cli, cli_train
 from msun.descent import Descent
-
-NET = """
-import torch
-from torch import nn
-
-def net(classes=3):
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, 2, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
-        nn.Conv2d(4, 8, 3, 2, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes),
-    )
-"""
 
 
 @pytest.fixture

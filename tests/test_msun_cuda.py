@@ -9,7 +9,7 @@ import pytest
 import torch
 from measured import Tiny, photographs, tensors
 from torch import nn
-from training import SCALES, backbone, images, network, options, run
+from training import NET, SCALES, backbone, images, network, options, run
 
 from cka_probe import probe
 from msun import (
@@ -202,18 +202,6 @@ def test_a_split_is_suggested_as_on_the_cpu():
     want, got = chosen
     assert want["layer"].tolist() == got["layer"].tolist()
     assert np.allclose(want["cka"], got["cka"], atol=1e-5)
-
-
-NET = """
-from torch import nn
-
-def net(classes=3):
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, 2, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
-        nn.Conv2d(4, 8, 3, 2, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes),
-    )
-"""
 
 
 def allocated(argv):

@@ -64,3 +64,17 @@ def weights(model):
 def same(a, b):
     """Whether two state dicts are equal, bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# a file with a network, for the command line
+NET = """
+import torch
+from torch import nn
+
+def net(classes=3):
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Conv2d(4, 8, 3, 2, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes),
+    )
+"""
