@@ -40,7 +40,7 @@ def data(tmp_path_factory):
 
 
 def test_the_stages_are_the_published_network(data):
-    from experiments.scales.arms import ARMS, made
+    from experiments.scales.arms import ARMS, made, plain_net
     from experiments.scales.tasks import TASKS, small
 
     root, net = data
@@ -50,6 +50,13 @@ def test_the_stages_are_the_published_network(data):
     with torch.no_grad():
         wanted = net(x)[:, [7 * c + 3 for c in range(10)]]
         assert torch.allclose(mine(x), wanted, atol=1e-5 * float(wanted.abs().max()))
+    y, shapes = x, []
+    plain = plain_net(ARMS["single"], task, "mobilenetv2", seed=3).eval()
+    with torch.no_grad():
+        for name in ("stem", "layer1", "layer2", "layer3", "layer4"):
+            y = plain.get_submodule(name)(y)
+            shapes.append((y.shape[1], y.shape[-1]))
+    assert shapes == [(32, 112), (24, 56), (32, 28), (96, 14), (320, 7)]  # where it can be cut
     # and a small subnet starts from it as well: the same weights under other strides
     many = made(ARMS["lean+small"], task, "mobilenetv2", at="layer1", seed=3, data=root)
     state, own = many.state_dict(), net.state_dict()

@@ -104,7 +104,7 @@ class Attends(nn.Module):
     """Four pixels attend to each other, in one head of three numbers."""
 
     def forward(self, x):
-        x = x.flatten(2).transpose(1, 2)[:, None]  # (n, 1, 4, 3)
+        x = x.flatten(2).transpose(1, 2)[:, None].contiguous()  # (n, 1, 4, 3)
         return nn.functional.scaled_dot_product_attention(x, x, x).flatten(1)
 
 
