@@ -2,13 +2,11 @@
 
 import sys
 
-from cka_probe.interrupts import told
-
 
 def entry() -> int:
     """Load the command line and run it."""
-    with told():
-        from cka_probe.cli import main
+    from cka_probe.cli.main import main
+
     return main()
 
 

@@ -9,16 +9,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cka_probe.bandwidth import median_bandwidth
-from cka_probe.estimators import EXACT_GROUPS, Exact, Result
-from cka_probe.hsic import u_centre
-from cka_probe.kernels import (
+from cka_probe.engine.bandwidth import median_bandwidth
+from cka_probe.engine.hsic import u_centre
+from cka_probe.engine.kernels import (
     Block,
     NonFiniteFeaturesError,
     centre_full,
     full_precision,
     get_kernel,
 )
+from cka_probe.engine.minibatch import EXACT_GROUPS, Exact, Result
 from cka_probe.progress import progress_bar
 from cka_probe.report import Report
 

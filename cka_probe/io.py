@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import re
 import secrets
+import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -14,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-__all__ = ["load_npz", "plain", "replacing", "save_npz"]
+__all__ = ["digest", "load_npz", "plain", "remove_partial_files", "replacing", "save_npz"]
 
 
 @contextmanager
@@ -49,6 +54,20 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# What `replacing` and a command line that was killed leave behind: names that nobody else uses.
+_PARTIAL = re.compile(r"\.([0-9a-f]{16}\.(npz|csv|png|html|pt|json)|(writing|writable)-.*)")
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what a killed run left half written in a folder."""
+    for path in folder.iterdir():
+        if _PARTIAL.fullmatch(path.name):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def save_npz(
@@ -145,3 +164,10 @@ def plain(value: Any, where: str = "meta") -> Any:
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {key: plain(item, f"{where}[{key!r}]") for key, item in value.items()}
     raise TypeError(f"{where} cannot be JSON: {value!r:.60}: use text keys, text, numbers, lists")
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 over dtype, shape and content of a tensor."""
+    sha = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()

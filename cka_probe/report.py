@@ -13,13 +13,13 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-from cka_probe.files import load_npz, plain, save_npz
-from cka_probe.report_checks import ROUNDING, names, square
+from cka_probe.io import load_npz, plain, save_npz
 
 __all__ = ["FORMAT", "Report", "same_layers"]
 
 FORMAT = 1  # of the .npz; a reader refuses what is newer
 _ARRAYS = ("cka", "stderr", "view", "layer")
+_ROUNDING = 1e-9  # asymmetry and distance of the diagonal from 1 that count as rounding
 _WHAT = ("cka", "stderr", "low", "high")
 
 
@@ -53,16 +53,16 @@ class Report:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        view, layer = names(self.view, "view"), names(self.layer, "layer")
+        view, layer = _names(self.view, "view"), _names(self.layer, "layer")
         if len(view) != len(layer) or not len(view):
             raise ValueError(f"views and layers unpaired: {len(view)}, {len(layer)}: pair them")
         entries = Counter(zip(view.tolist(), layer.tolist(), strict=True))
         twice, times = entries.most_common(1)[0]
         if times > 1:
             raise ValueError(f"an entry stands {times} times: {twice}: name each once")
-        cka, stderr = square(self.cka, len(view), "cka"), square(self.stderr, len(view), "stderr")
+        cka, stderr = _square(self.cka, len(view), "cka"), _square(self.stderr, len(view), "stderr")
         diagonal = cka.diagonal()
-        odd = np.flatnonzero(np.abs(diagonal - 1) > ROUNDING)  # nan is not odd
+        odd = np.flatnonzero(np.abs(diagonal - 1) > _ROUNDING)  # nan is not odd
         if odd.size:
             entry, value = (str(view[odd[0]]), str(layer[odd[0]])), diagonal[odd[0]]
             raise ValueError(f"an entry's CKA with itself: {value} for {entry}: give 1 or nan")
@@ -104,7 +104,7 @@ class Report:
 
     def _repr_html_(self) -> str:
         # The one look up: showing itself needs plot (L2), and only when a notebook asks.
-        from cka_probe.plot import as_html
+        from cka_probe.plot.figures import as_html
 
         return as_html(self)
 
@@ -340,3 +340,29 @@ def same_layers(report: Report) -> bool:
     own = sets.pop(report.reference)
     shared = sum(len(own & other) for other in sets.values())
     return bool(sets) and shared >= 0.9 * sum(len(own | other) for other in sets.values())
+
+
+def _names(values: Any, what: str) -> NDArray[np.str_]:
+    """Names as an array of text (m,), refusing anything that is not text."""
+    found = list(values)
+    if not all(isinstance(name, str) for name in found) or isinstance(values, str):
+        raise TypeError(f"{what} holds more than text: {values!r:.60}: give one name an entry")
+    return np.array(found, dtype=np.str_)
+
+
+def _square(values: Any, m: int, what: str) -> NDArray[np.float64]:
+    """Numbers as a symmetric (m, m) float64 array of its own."""
+    try:
+        table = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"{what} holds more than numbers: {values!r:.60}: give an array") from None
+    if table.shape != (m, m):
+        raise ValueError(f"{what} does not fit {m} entries: shape {table.shape}: give ({m}, {m})")
+    if np.isinf(table).any():
+        raise ValueError(f"{what} is infinite: {np.argwhere(np.isinf(table))[0]}: use nan or less")
+    even = np.isclose(table, table.T, rtol=0, atol=_ROUNDING, equal_nan=True)
+    if not even.all():
+        cell = tuple(np.argwhere(~even)[0].tolist())
+        raise ValueError(f"{what} is not symmetric: at {cell}: give (x + x.T) / 2")
+    middle: NDArray[np.float64] = (table + table.T) / 2
+    return middle

@@ -6,7 +6,8 @@ and go to the card batch by batch; features at hand lie on the card. `cka-probe`
 `probe`: it also hashes network and images, and looks at each image apart, resizing it on the CPU.
 `cka-probe, batches given` gets what `bare` gets, so that the difference is hooks, Gram matrices
 and sums alone. Convolutions are in TF32, torch's default, for everybody and for the truth, which
-takes the rest in float64 on the card (held against tests/oracle.py by tests/test_bench_card.py).
+takes the rest in float64 on the card (held against tests/helpers/oracle.py by
+tests/experiments/test_bench_card.py).
 torch-cka, which compares two scales at a time, would take minutes and is left out unless asked for
 (`--without none`).
 """
@@ -29,8 +30,8 @@ from bench_jobs import (
 )
 from torch import Tensor, nn
 
-from cka_probe.collect import Collector
-from cka_probe.estimators import Minibatch
+from cka_probe.activations.hooks import Collector
+from cka_probe.engine.minibatch import Minibatch
 
 WIDE = [64, 128, 256, 512, 1024, 2048]
 LEAST = 4  # images: fewer have no unbiased HSIC

@@ -30,9 +30,9 @@ from bench_jobs import blocks
 from torch import Tensor, nn
 
 import cka_probe
-from cka_probe.collect import Collector
-from cka_probe.gemm import matmul_t
-from cka_probe.kernels import batch_block, get_kernel
+from cka_probe.activations.hooks import Collector
+from cka_probe.engine.gemm import matmul_t
+from cka_probe.engine.kernels import batch_block, get_kernel
 
 HERE = Path(__file__).resolve().parent
 BASE = {"images": 512, "layers": 20, "sizes": 1, "batch": 64, "width": 8192}

@@ -22,9 +22,9 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from cka_probe.images import batches, open_images
-from cka_probe.models import IMAGENET
-from cka_probe.views import scale_transforms
+from cka_probe.inputs.batches import batches, open_images
+from cka_probe.inputs.views import scale_transforms
+from cka_probe.models.load import IMAGENET
 
 RESULTS = Path(__file__).resolve().parent / "results" / "bench_images.csv"
 SIZES = [32, 48, 64, 96, 128, 160, 192, 224]

@@ -21,9 +21,9 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import cka_probe
-from cka_probe.images import order
+from cka_probe.inputs.batches import order
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "helpers"))
 Call = Callable[[], Any]  # -> (m, m) matrix of CKA, or None for the bare forwards
 
 

@@ -7,15 +7,15 @@ Contenders of a job take turns within one process, so that a busy machine slows 
 a row gives the ratio of the best times of all turns, by the clock and by CPU seconds (the steadier
 one where the cores are shared), the CPU seconds of this machine, the peak memory of one call above
 that of its inputs (in a process of its own; of a contender that is timed once, in that call), and
-the largest error of the matrix against float64 (tests/oracle.py). Rows are written to
+the largest error of the matrix against float64 (tests/helpers/oracle.py). Rows are written to
 results/bench_probe.csv after each job. Random weights and noise images: nothing here depends on
 values. `bare` is the forward passes alone under `inference_mode`.
 
 With `--device cuda` the jobs are those of bench_card.py, calls end when the card is done, memory is
 the card's (the most that a call after the first had allocated above what was there before it), and
 rows go to results/bench_probe_cuda.csv with the card's name. The truth is then float64 code of
-bench_card.py, on the card and from the outputs as they are there: tests/oracle.py would take
-minutes. tests/test_bench_card.py holds the one against the other.
+bench_card.py, on the card and from the outputs as they are there: tests/helpers/oracle.py would
+take minutes. tests/experiments/test_bench_card.py holds the one against the other.
 """
 
 import argparse

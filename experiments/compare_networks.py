@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from cka_probe import Report, probe
-from cka_probe import plot as plots
-from cka_probe.cli import main as cka_probe
-from cka_probe.images import batches, open_images
-from cka_probe.models import load_model
+from cka_probe.cli.main import main as cka_probe
+from cka_probe.inputs.batches import batches, open_images
+from cka_probe.models.load import load_model
+from cka_probe.plot import figures as plots
 
 HERE = Path(__file__).resolve().parent
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

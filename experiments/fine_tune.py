@@ -22,8 +22,8 @@ from cifar_resnet import resnet20
 from torch import nn
 
 from cka_probe import Report, probe
-from cka_probe.models import LoadedModel, load_model
-from cka_probe.plot import save_figure
+from cka_probe.models.load import LoadedModel, load_model
+from cka_probe.plot.figures import save_figure
 from msun import (
     TrainConfig,
     build,
@@ -35,13 +35,13 @@ from msun import (
     suggest_split,
     train,
 )
-from msun.between import step_macs
-from msun.cut import example_images, find_cuts
-from msun.model import MSUN
-from msun.plot import accuracy, pareto
-from msun.plot_split import split_curve
-from msun.policy import POLICIES
-from msun.subnets import STARTS
+from msun.cutting.cuts import example_images, find_cuts
+from msun.network.kernel_resize import STARTS
+from msun.network.model import MSUN
+from msun.network.policy import POLICIES
+from msun.plot.evaluation import accuracy, pareto
+from msun.plot.split import split_curve
+from msun.training.size_sampling import step_macs
 
 HERE = Path(__file__).resolve().parent
 BEFORE = POLICIES["lean"].but(inputs="native", strides="last")  # as `lean` was at first

@@ -3,7 +3,8 @@
     pip install -e '.[bench]'
     python experiments/libraries.py
 
-Every case has a truth from float64 numpy (tests/oracle.py) on the very numbers the library gets.
+Every case has a truth from float64 numpy (tests/helpers/oracle.py) on the numbers that the library
+gets.
 torchlens computes the biased CKA and is held to that, the others to the unbiased one. Each is
 called by its documented interface with its defaults; one that takes no features gets a network
 whose layer "tap" gives them. Writes results/libraries.csv and prints the table as Markdown, with
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "tests"))
+sys.path.insert(0, str(HERE.parent / "tests" / "helpers"))
 oracle = importlib.import_module("oracle")
 Cells = dict[tuple[str, str], float]  # (layer of network a, layer of network b) -> CKA
 Truth = dict[str, float]  # "unbiased", "biased" -> CKA

@@ -15,8 +15,8 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 
 from cka_probe import Report
-from cka_probe import plot as plots
-from cka_probe.cli import main as cka_probe
+from cka_probe.cli.main import main as cka_probe
+from cka_probe.plot import figures as plots
 
 HERE = Path(__file__).resolve().parent
 SIDES, SMALL_SIDES = "32,64,96,128,160,192,224", "8,12,16,20,24,28,32"

@@ -21,11 +21,14 @@ import torch
 import torch.distributed as dist
 import torchvision
 
-from cka_probe import glyphs, probe, ranks, state
-from cka_probe.estimators import Minibatch
-from cka_probe.hsic import hsic_pairs
-from cka_probe.images import open_images, order, plan
-from cka_probe.state import Saver
+from cka_probe import probe
+from cka_probe.distributed import ranks
+from cka_probe.engine.hsic import hsic_pairs
+from cka_probe.engine.minibatch import Minibatch
+from cka_probe.inputs import glyphs
+from cka_probe.inputs.batches import open_images, order, plan
+from cka_probe.probing import state
+from cka_probe.probing.state import Saver
 
 HERE = Path(__file__).resolve().parent
 IMAGES, SCALES, BATCH, SKETCH = 512, [32, 48, 64], 64, 128

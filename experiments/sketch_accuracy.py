@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from scale_sensitivity import cifar_test
 from scipy.stats import t
 
-from cka_probe.estimators import Exact, Minibatch, Sketch
-from cka_probe.forwards import Forwards
-from cka_probe.images import batches, open_images, plan
-from cka_probe.models import load_model
+from cka_probe.engine.minibatch import Exact, Minibatch, Sketch
+from cka_probe.inputs.batches import batches, open_images, plan
+from cka_probe.inputs.views import scale_transforms
+from cka_probe.models.load import load_model
+from cka_probe.probing.forward import Forwards
 from cka_probe.progress import progress_bar
-from cka_probe.views import scale_transforms
 
 HERE = Path(__file__).resolve().parent
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

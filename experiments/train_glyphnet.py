@@ -2,8 +2,9 @@
 
     python experiments/train_glyphnet.py
 
-Writes cka_probe/assets/glyphnet.safetensors (float16) and results/glyphnet_accuracy.csv. About ten
-minutes on two cores. The last epoch's weights are kept; nothing is chosen on the test images.
+Writes cka_probe/models/assets/glyphnet.safetensors (float16) and results/glyphnet_accuracy.csv.
+About ten minutes on two cores. The last epoch's weights are kept; nothing is chosen on the test
+images.
 """
 
 import argparse
@@ -16,8 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from cka_probe import glyphs
-from cka_probe.glyphnet import WEIGHTS, GlyphNet, glyphnet
+from cka_probe.inputs import glyphs
+from cka_probe.models.glyphnet import WEIGHTS, GlyphNet, glyphnet
 
 HERE = Path(__file__).resolve().parent
 SIDES = (8, 12, 16, 24, 32, 48, 64)
@@ -67,7 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     model = train(args.images, args.epochs, args.batch, args.seed)
     state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    path = HERE.parent / "cka_probe" / "assets" / WEIGHTS
+    path = HERE.parent / "cka_probe" / "models" / "assets" / WEIGHTS
     path.parent.mkdir(exist_ok=True)
     save_file({k: v.contiguous() for k, v in state.items()}, path)
     images, labels = glyphs.tensor("test", 10000, 0)

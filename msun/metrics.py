@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
-from cka_probe.files import load_npz, save_npz
+from cka_probe.io import load_npz, save_npz
 
 __all__ = ["Predictions", "accuracy", "drawn_sides", "judge", "student_interval", "wilson"]
 

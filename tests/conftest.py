@@ -28,14 +28,6 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 torch.set_num_threads(1)  # two threads on two busy cores wait for each other most of the time
 
 
-# `python -c LISTENING program ...`: a process that hears Ctrl-C even where this one, started in the
-# background, was told to ignore it
-LISTENING = (
-    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
-    "os.execv(sys.argv[1], sys.argv[1:])"
-)
-
-
 @pytest.fixture(params=[1, 2])
 def threads(request):
     """Run a test with 1 and with 2 threads."""

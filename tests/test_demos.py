@@ -9,11 +9,11 @@ import torch
 
 import msun
 from cka_probe import Report
-from cka_probe.cli import main as cka_probe_main
-from cka_probe.glyphs import CLASSES
-from cka_probe.reading import shows
-from msun import demo as room
-from msun.cli import main as msun_main
+from cka_probe.cli.main import main as cka_probe_main
+from cka_probe.inputs.glyphs import CLASSES
+from cka_probe.summary import shows
+from msun.cli import demo_run as room
+from msun.cli.main import main as msun_main
 
 CHANCE = 1 / len(CLASSES)
 SHORT = ["--steps", "4", "--images", "124", "--quiet"]

@@ -11,19 +11,19 @@ import cka_probe
 import msun
 
 ROOMS = [
-    f"{package.__name__}.{found.name}"
+    found.name
     for package in (cka_probe, msun)
-    for found in pkgutil.iter_modules(package.__path__)
-    if found.name not in ("__main__", "assets")
+    for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    if not found.name.endswith("__main__")
 ]
 # public functions whose docstrings show a call
 SHOWN = {
-    "cka_probe.features": ("cka", "cka_matrix", "permutation_test"),
-    "cka_probe.hsic": ("cka_loss",),
-    "cka_probe.probe": ("probe",),
-    "msun.cut": ("cut_points", "cut"),
-    "msun.build": ("build",),
-    "msun.split": ("suggest_split",),
+    "cka_probe.functional": ("cka", "cka_matrix", "permutation_test"),
+    "cka_probe.engine.hsic": ("cka_loss",),
+    "cka_probe.probing.api": ("probe",),
+    "msun.cutting.cuts": ("cut_points", "cut"),
+    "msun.network.builder": ("build",),
+    "msun.splitting.suggest": ("suggest_split",),
 }
 
 

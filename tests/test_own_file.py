@@ -9,9 +9,10 @@ import torch
 from pictures import write
 
 import msun
-import msun.cli
-from cka_probe import Report, cli, probe
-from cka_probe.models import load_model
+from cka_probe import Report, probe
+from cka_probe.cli import main as cli
+from cka_probe.models.load import load_model
+from msun.cli import main as msun_cli
 
 # Rows of a CNN's map as time steps.
 READER = '''
@@ -220,6 +221,6 @@ def test_cut(place, capsys, name):
             assert list(got) == list(wanted) == ["logits"]
             wanted, got = wanted.logits, got.logits
         assert torch.equal(wanted, got)
-    assert msun.cli.main(["cuts", "--model", spec, "--size", "16"]) == 0
+    assert msun_cli.main(["cuts", "--model", spec, "--size", "16"]) == 0
     said = capsys.readouterr().out
     assert all(at in said for at in CUTS[name])

@@ -11,10 +11,10 @@ from shell import furnish
 from torch.nn import functional as F
 
 import cka_probe
-from cka_probe import glyphs
-from cka_probe.choose import AUTO
-from cka_probe.estimators import ESTIMATORS
-from cka_probe.glyphnet import WEIGHTS, glyphnet
+from cka_probe.engine.minibatch import ESTIMATORS
+from cka_probe.inputs import glyphs
+from cka_probe.models.glyphnet import WEIGHTS, glyphnet
+from cka_probe.probing.choose import AUTO
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,7 +46,7 @@ def test_readme_names_every_estimator_and_no_other():
 
 
 def test_the_networks_weights_are_small():
-    path = Path(cka_probe.__file__).parent / "assets" / WEIGHTS
+    path = Path(cka_probe.__file__).parent / "models" / "assets" / WEIGHTS
     assert path.stat().st_size < 500_000
 
 

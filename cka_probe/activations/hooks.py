@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cka_probe.layers import ROOT, Layers, Selection, module_paths, select_layers, unwrap
-from cka_probe.reduce import Reducer, get_reducer, has_time_first, leaves, usable
+from cka_probe.activations.layers import (
+    ROOT,
+    Layers,
+    Selection,
+    module_paths,
+    select_layers,
+    unwrap,
+)
+from cka_probe.activations.reduce import Reducer, get_reducer, has_time_first, leaves, usable
+from cka_probe.rng import eval_mode, preserved_rng
 
-__all__ = ["Collector", "Sink", "Tap", "failing_module", "preserved_rng"]
+__all__ = ["Collector", "Sink", "Tap", "failing_module"]
 
 
 class Tap(NamedTuple):
@@ -90,7 +96,7 @@ class Collector:
             raise RuntimeError("collector entered twice: the same object: use a second Collector")
         with ExitStack() as stack:
             stack.enter_context(preserved_rng())
-            stack.enter_context(_eval_mode(self.model))
+            stack.enter_context(eval_mode(self.model))
             for path in self._wanted:
                 hook = self._modules[path].register_forward_hook(self._hook(path))
                 stack.callback(hook.remove)
@@ -286,44 +292,6 @@ def _with_layer(error: Exception, name: str) -> Exception:
     if layer in str(error):
         return error
     return RuntimeError(f"{type(error).__name__} while tapping: {layer}: {text}")
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        if any(training for _, training in flags):
-            model.eval()
-        yield
-    finally:
-        try:  # an overridden `train` is called: it may merge weights, or keep a norm frozen
-            for module, training in flags:
-                own = getattr(module.train, "__func__", None) is not nn.Module.train
-                if module.training != training and own:
-                    module.train(training)
-        finally:
-            for module, training in flags:
-                module.training = training
-
-
-@contextmanager
-def preserved_rng() -> Iterator[None]:
-    """Puts the global random state back on exit: that of torch, numpy (legacy) and `random`.
-
-    CUDA's too, save where the block itself is what initialises CUDA.
-    """
-    cpu, plain = torch.get_rng_state(), random.getstate()
-    legacy = np.random.get_state()  # noqa: NPY002  # other people's global state
-    is_initialized: Callable[[], bool] = torch.cuda.is_initialized
-    cuda = torch.cuda.get_rng_state_all() if is_initialized() else None
-    try:
-        yield
-    finally:
-        torch.set_rng_state(cpu)
-        np.random.set_state(legacy)  # noqa: NPY002
-        random.setstate(plain)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
 
 
 def failing_module(error: BaseException, model: nn.Module) -> str | None:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from cka_probe.collect import Collector, Tap
-from cka_probe.reduce import layout
+from cka_probe.activations.hooks import Collector, Tap
+from cka_probe.activations.reduce import layout
 
 
 def model_sha256(model: nn.Module) -> str:

@@ -10,26 +10,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from cka_probe import glyphs
-from cka_probe import plot as plots
-from cka_probe.choose import AUTO
-from cka_probe.cli_output import backend, left_out, output_folder, table, write, wrote
-from cka_probe.collect import Collector
-from cka_probe.decode import one_line
-from cka_probe.estimate import estimate
-from cka_probe.glyphnet import glyphnet
-from cka_probe.images import open_images
-from cka_probe.layers import default_layers
-from cka_probe.memory import readable
-from cka_probe.models import LoadedModel, load_model, parse_model_args
-from cka_probe.probe import probe
-from cka_probe.ranks import own_device
-from cka_probe.reading import shows
+from cka_probe.activations.hooks import Collector
+from cka_probe.activations.layers import default_layers
+from cka_probe.cli.output import backend, left_out, output_folder, table, write, wrote
+from cka_probe.distributed.ranks import own_device
+from cka_probe.engine.memory import readable
+from cka_probe.engine.sketch import choose_size
+from cka_probe.errors import one_line
+from cka_probe.inputs import glyphs
+from cka_probe.inputs.batches import open_images
+from cka_probe.inputs.scales import parse_scales
+from cka_probe.inputs.source import FEW, MIN_IMAGES, Named
+from cka_probe.inputs.views import scale_transforms
+from cka_probe.models.glyphnet import glyphnet
+from cka_probe.models.load import LoadedModel, load_model, parse_model_args
+from cka_probe.plot import figures as plots
+from cka_probe.probing.api import probe
+from cka_probe.probing.choose import AUTO
+from cka_probe.probing.forecast import estimate
 from cka_probe.report import Report
-from cka_probe.scales import parse_scales
-from cka_probe.sketch import choose_size
-from cka_probe.sources import FEW, MIN_IMAGES, Named
-from cka_probe.views import scale_transforms
+from cka_probe.summary import shows
 
 DEMO_SIDES = (8, 12, 16, 24, 32, 48, 64)
 KINDS = ("heatmap", "curve", "grid")
@@ -95,7 +95,7 @@ def demo(args: argparse.Namespace) -> None:
             seed=args.seed,
             ranks=args.ranks,
         )
-        about = {"model": {"name": "cka_probe.glyphnet", "weights": "the package's own"}}
+        about = {"model": {"name": "cka_probe.models.glyphnet", "weights": "the package's own"}}
         if not args.ranks.first:
             return
         write(_described(report, about), folder, ("heatmap", "curve"))
@@ -193,7 +193,9 @@ def _model(args: argparse.Namespace, spec: str, weights: str) -> LoadedModel:
 
 def _glyphs(n: int) -> Named:
     """Embedded images, with a name that says which."""
-    return Named(f"cka_probe.glyphs, split test, seed 0, first {n}", glyphs.tensor("test", n, 0)[0])
+    return Named(
+        f"cka_probe.inputs.glyphs, split test, seed 0, first {n}", glyphs.tensor("test", n, 0)[0]
+    )
 
 
 def _source(data: str) -> Any:

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cka_probe import cli_commands
-from cka_probe.cli_checks import check_words
-from cka_probe.cli_output import explain
-from cka_probe.link import LostRankError
-from cka_probe.ranks import Ranks, launched, may_speak, started
-from cka_probe.state import STATE
+from cka_probe.cli import commands as cli_commands
+from cka_probe.cli.checks import check_words
+from cka_probe.distributed.heartbeat import LostRankError
+from cka_probe.distributed.ranks import Ranks, launched, may_speak, started
+from cka_probe.errors import explain
+from cka_probe.probing.state import STATE
 
 PROG = "cka-probe"
 

@@ -1,7 +1,6 @@
 """Where the commands write: the folder of --out, its files, and what is said about them."""
 
 import argparse
-import errno
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -12,25 +11,15 @@ from typing import Any
 
 import matplotlib as mpl
 
-from cka_probe import plot as plots
-from cka_probe.files import replacing
-from cka_probe.page import save_page
-from cka_probe.probe_run import REPORT
-from cka_probe.ranks import Ranks
+from cka_probe.distributed.ranks import Ranks
+from cka_probe.html.page import save_page
+from cka_probe.io import replacing
+from cka_probe.plot import figures as plots
+from cka_probe.probing.run import REPORT
+from cka_probe.probing.state import ROWS, STATE
 from cka_probe.report import Report
-from cka_probe.state import ROWS, STATE
 
 OUTPUTS = (REPORT, "cka.csv", "heatmap.png", "curve.png", "grid.png", "report.html")
-
-
-def explain(error: Exception) -> str:
-    """An exception as what is wrong: the value: the way out."""
-    if isinstance(error, OSError) and error.errno is not None:
-        where = error.filename2 or error.filename or "output"
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        way_out = "free some space" if full else "check the path and its permissions"
-        return f"{error.strerror}: {where}: {way_out}, or choose another --out"
-    return str(error)
 
 
 @contextmanager

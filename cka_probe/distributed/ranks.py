@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from cka_probe.link import Link, LostRankError
+from cka_probe.distributed.heartbeat import Link, LostRankError
 
 __all__ = ["Ranks", "may_speak", "own_device", "started"]
 

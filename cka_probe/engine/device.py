@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cka_probe.kernels import (
+from cka_probe.engine.kernels import (
     Kernel,
     NonFiniteFeaturesError,
     check_finite,

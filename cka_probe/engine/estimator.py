@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from torch import Tensor
 
-from cka_probe.hsic import Array
+from cka_probe.engine.hsic import Array
 
 EXACT_GROUPS = 20
 BANDWIDTH_IMAGES = 256

@@ -7,21 +7,21 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cka_probe.bandwidth import check_bandwidth
-from cka_probe.device import Watch
-from cka_probe.estimator_base import (
+from cka_probe.engine.bandwidth import check_bandwidth
+from cka_probe.engine.device import Watch
+from cka_probe.engine.estimator import (
     BANDWIDTH_IMAGES,
     EXACT_GROUPS,
     Result,
     check_entries,
     finish,
 )
-from cka_probe.hsic import check_n
-from cka_probe.kernels import Block, Kernel, get_kernel
-from cka_probe.memory import TILE_BYTES, exact_bytes, readable, spool_bytes, spool_columns
-from cka_probe.rows import Rows
-from cka_probe.spool import GramBlocks, Spool
-from cka_probe.tiles import Blocks, FeatureBlocks, TiledSums, tiled_result
+from cka_probe.engine.hsic import check_n
+from cka_probe.engine.kernels import Block, Kernel, get_kernel
+from cka_probe.engine.memory import TILE_BYTES, exact_bytes, readable, spool_bytes, spool_columns
+from cka_probe.engine.rows import Rows
+from cka_probe.engine.spool import GramBlocks, Spool
+from cka_probe.engine.tiled import Blocks, FeatureBlocks, TiledSums, tiled_result
 
 
 class Exact:

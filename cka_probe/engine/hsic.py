@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cka_probe.bandwidth import check_bandwidth
-from cka_probe.kernels import full_precision
-from cka_probe.own_kernel import Block, checked
+from cka_probe.engine.bandwidth import check_bandwidth
+from cka_probe.engine.kernels import full_precision
+from cka_probe.engine.own_kernel import Block, checked
 
 Array = npt.NDArray[np.float64]
 MIN_IMAGES = 4  # HSIC_1 divides by n (n - 3)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cka_probe.gemm import matmul_t
-from cka_probe.own_kernel import checked
+from cka_probe.engine.gemm import matmul_t
+from cka_probe.engine.own_kernel import checked
 
 SMALL_N = 32  # below this the Gram is taken in float64: it costs nothing and conditioning is worst
 _CHUNK_ROWS = 1024  # fixed, so that a float64 mean does not depend on how features were batched

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cka_probe.bandwidth import check_bandwidth, counted, median_bandwidth
-from cka_probe.device import Measured, device_block, on_accelerator, refuse, refuse_all
-from cka_probe.estimator_base import (
+from cka_probe.engine.bandwidth import check_bandwidth, counted, median_bandwidth
+from cka_probe.engine.device import Measured, device_block, on_accelerator, refuse, refuse_all
+from cka_probe.engine.estimator import (
     BANDWIDTH_IMAGES,
     EXACT_GROUPS,
     Estimator,
@@ -22,16 +22,16 @@ from cka_probe.estimator_base import (
     check_entries,
     finish,
 )
-from cka_probe.exact import Exact
-from cka_probe.hsic import check_n, hsic_pairs, jackknife, normalise, rounding_floor
-from cka_probe.kernels import (
+from cka_probe.engine.exact import Exact
+from cka_probe.engine.hsic import check_n, hsic_pairs, jackknife, normalise, rounding_floor
+from cka_probe.engine.kernels import (
     Block,
     Kernel,
     batch_block,
     full_precision,
     get_kernel,
 )
-from cka_probe.sketch import Sketch
+from cka_probe.engine.sketch import Sketch
 
 __all__ = ["ESTIMATORS", "EXACT_GROUPS", "Estimator", "Exact", "Minibatch", "Result", "Sketch"]
 

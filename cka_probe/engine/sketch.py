@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cka_probe.device import Watch, on_accelerator
-from cka_probe.estimator_base import EXACT_GROUPS, Result, check_entries, finish
-from cka_probe.hsic import Array, check_n
-from cka_probe.kernels import (
+from cka_probe.engine.device import Watch, on_accelerator
+from cka_probe.engine.estimator import EXACT_GROUPS, Result, check_entries, finish
+from cka_probe.engine.hsic import Array, check_n
+from cka_probe.engine.kernels import (
     Block,
     Kernel,
     NonFiniteFeaturesError,
@@ -20,9 +20,9 @@ from cka_probe.kernels import (
     check_finite,
     get_kernel,
 )
-from cka_probe.project import BLOCKS, Projection
-from cka_probe.rows import Rows
-from cka_probe.sketch_sums import SketchSums, sketched_result
+from cka_probe.engine.projection import BLOCKS, Projection
+from cka_probe.engine.rows import Rows
+from cka_probe.engine.sketch_sums import SketchSums, sketched_result
 
 SKETCH_SIZE = 512
 MIN_SIZE = 32

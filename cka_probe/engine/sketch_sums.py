@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cka_probe.hsic import Array, jackknife, normalise, rounding_floor
-from cka_probe.kernels import full_precision
-from cka_probe.memory import SKETCH_WORK_BYTES, over_images
-from cka_probe.project import BLOCKS
+from cka_probe.engine.hsic import Array, jackknife, normalise, rounding_floor
+from cka_probe.engine.kernels import full_precision
+from cka_probe.engine.memory import SKETCH_WORK_BYTES, over_images
+from cka_probe.engine.projection import BLOCKS
 
 
 @dataclass

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cka_probe.kernels import (
+from cka_probe.engine.kernels import (
     Kernel,
     centre_full,
     feature_eps,

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cka_probe.bandwidth import median_bandwidth
-from cka_probe.hsic import Array, hsic_from_sums, jackknife, normalise, rounding_floor
-from cka_probe.kernels import (
+from cka_probe.engine.bandwidth import median_bandwidth
+from cka_probe.engine.hsic import Array, hsic_from_sums, jackknife, normalise, rounding_floor
+from cka_probe.engine.kernels import (
     KERNELS,
     Kernel,
     centre_full,
@@ -25,7 +25,7 @@ from cka_probe.kernels import (
     squared_distances,
     squared_norms,
 )
-from cka_probe.memory import TILE_BYTES
+from cka_probe.engine.memory import TILE_BYTES
 
 _CACHE_BYTES = 2**24  # of float64 numbers of one tile of every entry, while they are summed
 _BANDWIDTH_ROWS = 256  # of distances at a time, and no fewer than an eighth

@@ -11,7 +11,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.colors import to_hex, to_rgb
 
-from cka_probe.reading import shortened
+from cka_probe.summary import shortened
 
 if TYPE_CHECKING:
     import pandas as pd

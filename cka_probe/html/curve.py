@@ -16,7 +16,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.colors import to_hex
 
-from cka_probe.reading import LEVEL, shortened
+from cka_probe.summary import LEVEL, shortened
 
 if TYPE_CHECKING:
     from cka_probe.report import Report

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cka_probe.facts import facts
-from cka_probe.files import replacing
-from cka_probe.page_cells import NUMBERED, TINY, cells_html, colours_css, key_html, number
-from cka_probe.page_curve import curve_html
-from cka_probe.reading import (
+from cka_probe.html.cells import NUMBERED, TINY, cells_html, colours_css, key_html, number
+from cka_probe.html.curve import curve_html
+from cka_probe.html.provenance import facts
+from cka_probe.io import replacing
+from cka_probe.summary import (
     LEVEL,
     Cell,
     absent,
@@ -113,7 +113,7 @@ def _page(report: Report, kept: str) -> str:
 
 
 def _asset(name: str) -> str:
-    assets = resources.files("cka_probe").joinpath("assets")
+    assets = resources.files("cka_probe.html").joinpath("assets")
     return assets.joinpath(name).read_text(encoding="utf-8")
 
 

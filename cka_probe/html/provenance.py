@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from cka_probe.reading import LEVEL, NAMED, listed
 from cka_probe.report import Report
+from cka_probe.summary import LEVEL, NAMED, listed
 
 __all__ = ["facts"]
 

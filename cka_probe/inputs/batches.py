@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cka_probe.decode import ImageError, one_line
-from cka_probe.fingerprints import digest
-from cka_probe.sources import FEW, MIN_IMAGES, Source, open_images, order
-from cka_probe.views import Transform, look, stack
+from cka_probe.errors import one_line
+from cka_probe.inputs.decode import ImageError
+from cka_probe.inputs.source import FEW, MIN_IMAGES, Source, open_images, order
+from cka_probe.inputs.views import Transform, look, stack
+from cka_probe.io import digest
 
 __all__ = ["MIN_IMAGES", "Batch", "ImageError", "Source", "batches", "digest", "from_workers"]
 __all__ += ["open_images", "order", "plan"]

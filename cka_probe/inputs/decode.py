@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from cka_probe.errors import one_line
+
 __all__ = ["SKIP", "ImageError", "decode", "fetch", "float_images", "from_item", "from_pil"]
-__all__ += ["image_files", "one_line", "read_item"]
+__all__ += ["image_files", "read_item"]
 
 _EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
@@ -39,27 +41,6 @@ _TURNS = {
 
 class ImageError(ValueError):
     """One image that cannot be read; `skip_bad` leaves it out, anything else is fatal."""
-
-
-def one_line(error: BaseException) -> str:
-    """The reason of an exception as one line without ": " and without absolute paths.
-
-    Args:
-        error: What was raised.
-
-    Returns:
-        "no such file or directory", "image file is truncated", "KeyError ('x')".
-    """
-    if isinstance(error, UnidentifiedImageError):
-        return "no JPEG, PNG, WebP, BMP, TIFF or GIF image"
-    if isinstance(reason := getattr(error, "reason", None), OSError):  # URLError
-        return one_line(reason)
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror[:1].lower() + error.strerror[1:]
-    text = " ".join(str(error).split()).replace(": ", ", ").rstrip(".")
-    if isinstance(error, OSError | ValueError | Image.DecompressionBombError):
-        return text or type(error).__name__
-    return f"{type(error).__name__} ({text})" if text else type(error).__name__
 
 
 @contextlib.contextmanager

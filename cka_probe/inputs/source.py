@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from cka_probe import decode
-from cka_probe.decode import ImageError
-from cka_probe.fingerprints import digest
-from cka_probe.views import seeded
+from cka_probe.inputs import decode
+from cka_probe.inputs.decode import ImageError
+from cka_probe.inputs.views import seeded
+from cka_probe.io import digest
 
 __all__ = ["FEW", "MIN_IMAGES", "Named", "Source", "open_images", "order"]
 

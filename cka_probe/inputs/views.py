@@ -3,10 +3,7 @@
 A view never changes the tensor that it is given: all views of an image share one decoded copy.
 """
 
-import contextlib
-import hashlib
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import center_crop
 
-from cka_probe.decode import one_line
-from cka_probe.scales import check_reference, check_scales
+from cka_probe.errors import one_line
+from cka_probe.inputs.scales import check_reference, check_scales
+from cka_probe.rng import seeded
 
 __all__ = ["NATIVE", "Transform", "View", "look", "resize", "scale_transforms", "seeded", "stack",
            "view_transforms"]  # fmt: skip
@@ -126,27 +124,6 @@ def resize(images: Tensor, size_px: int | Sequence[int], antialias: bool = True)
             raise
         raise ValueError(f"no memory for an image: {size} pixels: give a smaller scale") from error
     return (out if wide.ndim == 4 else out[0]).to(images.dtype)
-
-
-@contextlib.contextmanager
-def seeded(*key: int | str) -> Iterator[None]:
-    """Torch's and Python's random numbers follow from `key` inside and are as before afterwards.
-
-    The numbers of CUDA devices and NumPy's global ones are neither seeded nor put back.
-
-    Args:
-        key: Anything with a stable `repr`: the seed, the image, the view.
-    """
-    digest = hashlib.sha256(repr(key).encode("utf-8", "surrogateescape")).digest()
-    number = int.from_bytes(digest[:7], "big")
-    before, python_before = torch.get_rng_state(), random.getstate()
-    torch.default_generator.manual_seed(number)
-    random.seed(number)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)
-        random.setstate(python_before)
 
 
 def look(transform: Transform, image: Tensor, seed: int, label: str, view: str) -> Tensor:

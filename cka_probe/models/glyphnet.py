@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cka_probe.glyphs import CLASSES
+from cka_probe.inputs.glyphs import CLASSES
 
 WEIGHTS = "glyphnet.safetensors"
 
@@ -71,6 +71,6 @@ def glyphnet(*, trained: bool = True) -> GlyphNet:
     """
     model = GlyphNet()
     if trained:
-        with as_file(files("cka_probe") / "assets" / WEIGHTS) as path:
+        with as_file(files("cka_probe.models") / "assets" / WEIGHTS) as path:
             model.load_state_dict(load_file(path))
     return model.eval()

@@ -21,9 +21,9 @@ import torch
 from torch import nn
 from torchvision import models as torchvision_models
 
-from cka_probe.decode import one_line
-from cka_probe.glyphnet import glyphnet
-from cka_probe.weights import OTHER_MODEL, check_finite, fit, read_weights
+from cka_probe.errors import one_line
+from cka_probe.models.glyphnet import glyphnet
+from cka_probe.models.weights import OTHER_MODEL, check_finite, fit, read_weights
 
 __all__ = ["IMAGENET", "LoadedModel", "load_model", "parse_model_args"]
 

@@ -28,9 +28,9 @@ from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from cka_probe.files import replacing
-from cka_probe.lettering import FONT, annotate, room_in, row_in, settle, shown, whole
-from cka_probe.reading import absent, same_layers
+from cka_probe.io import replacing
+from cka_probe.plot.labels import FONT, annotate, room_in, row_in, settle, shown, whole
+from cka_probe.summary import absent, same_layers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["as_html", "curve", "grid", "heatmap", "save_figure"]
 
 _SUFFIXES = (".png", ".pdf", ".svg")
-_MARKERS = "osDv^PX*"
+MARKERS = "osDv^PX*"
 _made: WeakSet[Figure] = WeakSet()  # figures that this room made, for save_figure to close
 
 
@@ -75,7 +75,7 @@ def heatmap(
     view = report.reference if view is None else str(view)
     table = report.against(view)
     half = (report.against(view, "high", level=level) - table).to_numpy()
-    ax = _axes(ax, _heatmap_size(table))
+    ax = axes_for(ax, _heatmap_size(table))
     lacking = absent(report, view)
     key = f"CKA with {shown([view], 16)[0]}" if colorbar else None
     mesh = _mesh(ax, table, key, blank=lacking)
@@ -114,7 +114,7 @@ def grid(
         ValueError: for an unknown view, or none named in a report of more than two.
     """
     table = report.between(view_a, view_b)
-    ax = _axes(ax, _grid_size(table))
+    ax = axes_for(ax, _grid_size(table))
     ax.set_aspect("equal")
     mesh = _mesh(ax, table, "CKA" if colorbar else None)
     settle(ax, shown(table.columns), shown(table.index))
@@ -148,7 +148,7 @@ def curve(
     layers = len(table)
     columns = math.ceil(len(table.columns) / 13)  # of the legend
     width_in = 0.6 + max(5.0, layers * row_in(layers)) + columns * 1.4
-    ax = _axes(ax, (width_in, 3.6 + room_in(table.index)))
+    ax = axes_for(ax, (width_in, 3.6 + room_in(table.index)))
     others = [name for name in table.columns if name != view]
     labels = dict(zip(table.columns, shown(table.columns), strict=True))
     x = np.arange(layers)
@@ -158,7 +158,7 @@ def curve(
         known = np.concatenate([[False], ~np.isnan(lower), [False]])
         alone = known[1:-1] & ~known[:-2] & ~known[2:]  # a band of one layer has no width
         ax.vlines(x[alone], lower[alone], upper[alone], color=colour, alpha=0.5)
-        mark, size = _MARKERS[k % len(_MARKERS)], 4 if layers <= 40 else 2.5
+        mark, size = MARKERS[k % len(MARKERS)], 4 if layers <= 40 else 2.5
         label = " " * labels[name].startswith("_") + labels[name]  # matplotlib hides "_name"
         ax.plot(x, y, color=colour, marker=mark, markersize=size, linewidth=1.3, label=label)
     ax.axhline(1, color="0.4", linestyle="--", linewidth=1, label=f"{labels[view]} (reference)")
@@ -234,7 +234,7 @@ def save_figure(ax: Axes, path: str | os.PathLike[str], *, dpi: int = 160) -> No
             plt.close(figure)
 
 
-def _axes(ax: Axes | None, size_in: tuple[float, float]) -> Axes:
+def axes_for(ax: Axes | None, size_in: tuple[float, float]) -> Axes:
     """The axes given, or those of a new figure that names cannot run out of."""
     if ax is not None:
         return ax

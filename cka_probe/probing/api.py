@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from cka_probe.kernels import Block
-from cka_probe.layers import Layers
-from cka_probe.probe_run import REPORT, Run
-from cka_probe.ranks import Ranks
-from cka_probe.reduce import Reducer
+from cka_probe.activations.layers import Layers
+from cka_probe.activations.reduce import Reducer
+from cka_probe.distributed.ranks import Ranks
+from cka_probe.engine.kernels import Block
+from cka_probe.inputs.views import Transform
+from cka_probe.probing.run import REPORT, Run
 from cka_probe.report import Report
-from cka_probe.views import Transform
 
 __all__ = ["REPORT", "Views", "probe"]
 
@@ -97,7 +97,8 @@ def probe(
             there, start anew. `exact` with its features on disk saves no state.
         progress: show a progress bar.
         ranks: the processes that share this run, each calling with the same arguments: what
-            `cka_probe.ranks.started` yields. None: this process alone, whoever else there is.
+            `cka_probe.distributed.ranks.started` yields. None: this process alone, whoever else
+            there is.
         say: called with a line of text before the start, where there is something to say: which
             estimator "auto" took and why, or what `exact` will put on disk.
 
@@ -109,7 +110,9 @@ def probe(
             saved state that is damaged or of another run.
         LostRankError: another process died or failed.
 
-    >>> from cka_probe import glyphnet, glyphs
+    >>> from cka_probe import probe
+    >>> from cka_probe.inputs import glyphs
+    >>> from cka_probe.models.glyphnet import glyphnet
     >>> images, _ = glyphs.tensor("test", 64)
     >>> report = probe(glyphnet.glyphnet(), images, [16, 64], batch_size=16, progress=False)
     >>> report.against().shape, report.cka.shape

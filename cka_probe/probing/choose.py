@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cka_probe.kernels import Kernel
-from cka_probe.memory import (
+from cka_probe.engine.kernels import Kernel
+from cka_probe.engine.memory import (
     exact_bytes,
     minibatch_bytes,
     readable,
     sketch_bytes,
     spool_bytes,
 )
-from cka_probe.project import BLOCKS
-from cka_probe.sketch import MIN_SIZE, choose_size, own_error
+from cka_probe.engine.projection import BLOCKS
+from cka_probe.engine.sketch import MIN_SIZE, choose_size, own_error
 
 AUTO = "auto"
 OVERHEAD = 16 * 2**20  # of a run beside its estimator: hooks, tables, fingerprints

@@ -10,20 +10,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-__all__ = ["described", "digest"]
+from cka_probe.io import digest
+
+__all__ = ["described"]
 
 _DEPTH = 8  # of attributes within attributes
 _SHOWN = 12  # hex digits of a hash behind a name
-
-
-def digest(image: Tensor) -> str:
-    """SHA-256 over dtype, shape and content."""
-    sha = hashlib.sha256(f"{image.dtype} {tuple(image.shape)}".encode())
-    sha.update(image.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return sha.hexdigest()
 
 
 def described(value: Any) -> Any:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cka_probe.collect import Collector, Tap
-from cka_probe.memory import exact_bytes, minibatch_bytes, sketch_bytes
-from cka_probe.provenance import MacCounter
+from cka_probe.activations.hooks import Collector, Tap
+from cka_probe.activations.macs import MacCounter
+from cka_probe.engine.memory import exact_bytes, minibatch_bytes, sketch_bytes
 
 
 @dataclass(frozen=True)

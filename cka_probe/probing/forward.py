@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cka_probe.collect import Collector, Tap, failing_module
-from cka_probe.decode import one_line
-from cka_probe.images import Batch
-from cka_probe.kernels import NonFiniteFeaturesError
-from cka_probe.provenance import MacCounter, layer_table
+from cka_probe.activations.hooks import Collector, Tap, failing_module
+from cka_probe.activations.macs import MacCounter, layer_table
+from cka_probe.engine.kernels import NonFiniteFeaturesError
+from cka_probe.errors import one_line
+from cka_probe.inputs.batches import Batch
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ class Forwards:
         by_model: dict[int, Collector] = {}
         for view, model in models.items():
             if id(model) not in by_model:
-                _move(model, device, stack)
+                move_to(model, device, stack)
                 collector = Collector(model, layers, reduce=reduce)
                 by_model[id(model)] = stack.enter_context(collector)
             self.collectors[view] = by_model[id(model)]
-            self.devices[view] = _device_of(model)
+            self.devices[view] = device_of(model)
 
     def take(self, batch: Batch, bar: Any) -> None:
         """Every view of one batch through its network; the first batch is the check.
@@ -163,10 +163,11 @@ class Forwards:
             )
 
 
-def _move(model: nn.Module, target: Any, stack: ExitStack) -> None:
+def move_to(model: nn.Module, target: Any, stack: ExitStack) -> None:
+    """Move a network to a device, if one is named; `stack` moves it back."""
     if target is None:
         return
-    before = _device_of(model)
+    before = device_of(model)
     try:
         model.to(target)
     except (RuntimeError, AssertionError) as error:
@@ -240,6 +241,7 @@ def _not_finite(error: Exception, where: str) -> ValueError:
     )
 
 
-def _device_of(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a network's first parameter or buffer; the CPU where it has none."""
     tensors = [*model.parameters(), *model.buffers()]
     return tensors[0].device if tensors else torch.device("cpu")

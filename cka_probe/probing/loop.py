@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from cka_probe import state
-from cka_probe.forwards import Forwards, Seen
-from cka_probe.images import Batch, Source, batches
+from cka_probe.distributed.ranks import Ranks
+from cka_probe.inputs.batches import Batch, Source, batches
+from cka_probe.inputs.views import Transform
+from cka_probe.io import remove_partial_files
+from cka_probe.probing import state
+from cka_probe.probing.forward import Forwards, Seen
+from cka_probe.probing.sharing import share
+from cka_probe.probing.state import Bad, Saver
 from cka_probe.progress import progress_bar
-from cka_probe.ranks import Ranks
-from cka_probe.sharing import share
-from cka_probe.state import Bad, Saver, sweep
-from cka_probe.views import Transform
 
 
 class Loop:
@@ -117,7 +118,7 @@ class Loop:
         """The saved state, where the run is to be resumed; the folder as a fresh run wants it."""
         if self.folder is not None and self.ranks.first:
             self.folder.mkdir(parents=True, exist_ok=True)
-            sweep(self.folder)
+            remove_partial_files(self.folder)
             if resume:
                 self.start, self.bad = self.saver.load(self.estimator, home) or (0, [])
         self.start = self.ranks.agree(self.start)

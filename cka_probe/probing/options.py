@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from cka_probe.scales import check_scales
+from cka_probe.inputs.scales import check_scales
 
 __all__ = ["made_plain"]
 
@@ -53,7 +53,7 @@ def _network(what: str, model: Any) -> None:
     if isinstance(model, nn.Module):
         return
     if isinstance(model, str):
-        way_out = f"load it, cka_probe.models.load_model({model!r}).model"
+        way_out = f"load it, cka_probe.models.load.load_model({model!r}).model"
     elif callable(model):
         model = getattr(model, "__qualname__", type(model).__name__)
         way_out = "call it, and give the nn.Module that it makes"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cka_probe.rows import Rows
+from cka_probe.engine.rows import Rows
 
 ROWS = "state.rows"
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -10,29 +10,29 @@ import numpy as np
 import torch
 from torch import nn
 
-from cka_probe.asked import made_plain
-from cka_probe.bandwidth import check_bandwidth
-from cka_probe.choose import AUTO, Choice, choose, spool_forecast, usable
-from cka_probe.collect import Tap
-from cka_probe.decode import ImageError
-from cka_probe.estimate import Estimate, estimate
-from cka_probe.estimators import ESTIMATORS, Result
-from cka_probe.features import warn_degenerate
-from cka_probe.files import plain
-from cka_probe.fingerprints import described
-from cka_probe.forwards import _device_of
-from cka_probe.images import Source, open_images, plan
-from cka_probe.kernels import Kernel, get_kernel
-from cka_probe.loop import Loop
-from cka_probe.memory import free_memory, parse_memory
-from cka_probe.models import IMAGENET
-from cka_probe.project import BLOCKS
-from cka_probe.provenance import merge_tables, model_sha256, versions
-from cka_probe.ranks import Ranks
+from cka_probe.activations.hooks import Tap
+from cka_probe.activations.macs import merge_tables, model_sha256, versions
+from cka_probe.distributed.ranks import Ranks
+from cka_probe.engine.bandwidth import check_bandwidth
+from cka_probe.engine.kernels import Kernel, get_kernel
+from cka_probe.engine.memory import free_memory, parse_memory
+from cka_probe.engine.minibatch import ESTIMATORS, Result
+from cka_probe.engine.projection import BLOCKS
+from cka_probe.engine.sketch import check_linear, choose_size
+from cka_probe.functional import warn_degenerate
+from cka_probe.inputs.batches import Source, open_images, plan
+from cka_probe.inputs.decode import ImageError
+from cka_probe.inputs.views import NATIVE, Transform, look, scale_transforms, view_transforms
+from cka_probe.io import plain
+from cka_probe.models.load import IMAGENET
+from cka_probe.probing.choose import AUTO, Choice, choose, spool_forecast, usable
+from cka_probe.probing.fingerprint import described
+from cka_probe.probing.forecast import Estimate, estimate
+from cka_probe.probing.forward import device_of
+from cka_probe.probing.loop import Loop
+from cka_probe.probing.options import made_plain
+from cka_probe.probing.state import STATE, differences, refuse_other, saved_options
 from cka_probe.report import Report
-from cka_probe.sketch import check_linear, choose_size
-from cka_probe.state import STATE, differences, refuse_other, saved_options
-from cka_probe.views import NATIVE, Transform, look, scale_transforms, view_transforms
 
 REPORT = "report.npz"
 
@@ -133,7 +133,7 @@ class Run:
         """Bytes to use: as asked, else a share of what is free where the features will be."""
         if self.memory is not None:
             return self.memory
-        asked, devices = self.ask["device"], [_device_of(net) for net in self.models.values()]
+        asked, devices = self.ask["device"], [device_of(net) for net in self.models.values()]
         if asked is not None:
             with suppress(RuntimeError):  # a bad one is refused by name, when it is used
                 devices = [torch.device(asked)]

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cka_probe.bandwidth import counted, median_bandwidth
-from cka_probe.device import device_for_sums
-from cka_probe.estimator_base import BANDWIDTH_IMAGES, check_entries
-from cka_probe.estimators import Minibatch
-from cka_probe.ranks import Ranks
+from cka_probe.distributed.ranks import Ranks
+from cka_probe.engine.bandwidth import counted, median_bandwidth
+from cka_probe.engine.device import device_for_sums
+from cka_probe.engine.estimator import BANDWIDTH_IMAGES, check_entries
+from cka_probe.engine.minibatch import Minibatch
 
 __all__ = ["Shared", "share"]
 

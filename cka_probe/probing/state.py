@@ -7,7 +7,6 @@ whoever made them: a run of N processes is continued by any number.
 
 import errno
 import os
-import re
 import shutil
 import time
 import warnings
@@ -18,16 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from cka_probe.collect import Tap
-from cka_probe.device import device_for_sums
-from cka_probe.estimators import Exact, Minibatch, Sketch
-from cka_probe.files import load_npz, plain, save_npz
-from cka_probe.hsic import Array
-from cka_probe.memory import readable
-from cka_probe.row_file import ROWS, RowFile
+from cka_probe.activations.hooks import Tap
+from cka_probe.engine.device import device_for_sums
+from cka_probe.engine.hsic import Array
+from cka_probe.engine.memory import readable
+from cka_probe.engine.minibatch import Exact, Minibatch, Sketch
+from cka_probe.io import load_npz, plain, save_npz
+from cka_probe.probing.row_file import ROWS, RowFile
 
 __all__ = ["ROWS", "SAVE_EVERY_S", "STATE", "Saver", "differences", "refuse_other"]
-__all__ += ["saved_options", "sweep"]
+__all__ += [
+    "saved_options",
+]
 
 STATE = "state.npz"
 SAVE_EVERY_S = float(os.environ.get("CKA_PROBE_SAVE_EVERY_S", "20"))
@@ -37,7 +38,6 @@ _SUMS = ("hsic", "floor", "varied", "weight")
 _FILE = ("extent", "batches", "kinds", "widths")
 _SKETCH = ("origin", "offset", "kept")
 _AGAIN = "run without --resume and with --overwrite"
-_HALF = re.compile(r"\.([0-9a-f]{16}\.(npz|csv|png|html)|(writing|writable)-.*)")
 
 Bad = list[tuple[int, list[str], list[str]]]  # batch: left out, unreadable and readable
 
@@ -245,16 +245,6 @@ def differences(saved: Any, wanted: Any, name: str = "") -> Iterator[tuple[str, 
         elif parts == ["images", "sha256"]:
             name += " (the data set)"
         yield name, saved, wanted
-
-
-def sweep(folder: Path) -> None:
-    """Remove what a killed run left half made."""
-    for path in folder.iterdir():
-        if _HALF.fullmatch(path.name):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
 
 
 def _written(keys: list[Any]) -> list[list[Any]]:

@@ -13,7 +13,7 @@ from experiments.scales.nets import backbone
 from experiments.scales.pretrained import load_pretrained
 from experiments.scales.tasks import Task
 from msun import MSUN, build
-from msun.policy import policy_of
+from msun.network.policy import policy_of
 
 __all__ = ["ARMS", "BATCH", "HALF", "PAIRS", "READINGS", "TUNED", "Arm", "made", "plain_net"]
 
@@ -28,8 +28,8 @@ class Arm:
 
     Attributes:
         about: in words.
-        choices: of `msun.policy.Policy`, in place of the preset's; images are fed as they are where
-            nothing is said.
+        choices: of `msun.network.policy.Policy`, in place of the preset's; images are fed as they
+            are where nothing is said.
         preset: of `msun.build`.
         scales: "all", "largest", or one side in pixels.
         enlarge: small images first: "no", "lean" (to `Task.least`) or "full".

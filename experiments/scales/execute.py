@@ -23,10 +23,10 @@ from experiments.scales.split import choices
 from experiments.scales.stats import paired
 from experiments.scales.tasks import Held, Task, held
 from msun import TrainConfig, calibrate, evaluate, recalibrated, train
-from msun.between import step_macs
-from msun.model import MSUN
-from msun.policy import route
-from msun.scores import Predictions
+from msun.metrics import Predictions
+from msun.network.model import MSUN
+from msun.network.policy import route
+from msun.training.size_sampling import step_macs
 
 __all__ = ["Bench", "steps_of"]
 

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from filelock import FileLock
 
-from cka_probe.files import replacing
+from cka_probe.io import replacing
 
 __all__ = ["RUNS", "Ledger", "machine"]
 

@@ -18,7 +18,7 @@ from experiments.scales.stats import interval
 from experiments.scales.tables import accuracy
 from experiments.scales.tasks import Held, Task
 from msun import SPLIT_RULES, suggest_split
-from msun.cut import example_images, find_cuts
+from msun.cutting.cuts import example_images, find_cuts
 
 __all__ = ["by_cut", "choices", "picks", "regrets", "single_weights"]
 

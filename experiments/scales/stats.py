@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from msun.scores import Predictions
+from msun.metrics import Predictions
 
 __all__ = ["Interval", "holm", "interval", "paired"]
 

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cka_probe import glyphs
-from cka_probe.files import replacing
+from cka_probe.inputs import glyphs
+from cka_probe.io import replacing
 from experiments.scales.pretrained import imagenette
-from msun.data import Labelled
+from msun.data.labelled import Labelled
 
 __all__ = ["TASKS", "Held", "Task", "held", "small"]
 

@@ -16,7 +16,7 @@ from experiments.scales.execute import RE_ESTIMATED_ON, weights
 from experiments.scales.manifest import Run
 from experiments.scales.tasks import Held, Task
 from msun import evaluate, recalibrated
-from msun.model import MSUN
+from msun.network.model import MSUN
 
 __all__ = ["LOOKED_AT", "inside", "look", "table"]
 

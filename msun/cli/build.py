@@ -4,15 +4,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cka_probe.models import parse_model_args
-from cka_probe.scales import parse_scales
-from msun.build import build
-from msun.checkpoint import save
-from msun.cli_options import add_model, load
-from msun.costs import parameter_count
-from msun.model import MSUN
-from msun.policy import POLICIES
-from msun.subnets import STARTS
+from cka_probe.inputs.scales import parse_scales
+from cka_probe.models.load import parse_model_args
+from msun.cli.options import add_model, load
+from msun.network.builder import build
+from msun.network.checkpoint import save
+from msun.network.kernel_resize import STARTS
+from msun.network.model import MSUN
+from msun.network.policy import POLICIES
+from msun.network.shape_probe import parameter_count
 
 __all__ = ["add", "add_building", "build_network", "describe"]
 

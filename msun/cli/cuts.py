@@ -3,9 +3,9 @@
 import argparse
 from typing import Any
 
-from cka_probe.cli import MODEL_HELP
-from cka_probe.models import load_model, parse_model_args
-from msun.cut import example_images, find_cuts
+from cka_probe.cli.main import MODEL_HELP
+from cka_probe.models.load import load_model, parse_model_args
+from msun.cutting.cuts import example_images, find_cuts
 
 
 def add(commands: Any) -> None:

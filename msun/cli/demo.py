@@ -8,14 +8,14 @@ from typing import Any
 
 import pandas as pd
 
-from cka_probe.cli_output import backend, output_folder
-from cka_probe.page import save_page as save_report_page
-from cka_probe.plot import save_figure
-from cka_probe.probe import REPORT
-from msun.demo import Demo, demo
-from msun.page import save_page
-from msun.plot import accuracy, pareto
-from msun.plot_split import split_curve
+from cka_probe.cli.output import backend, output_folder
+from cka_probe.html.page import save_page as save_report_page
+from cka_probe.plot.figures import save_figure
+from cka_probe.probing.api import REPORT
+from msun.cli.demo_run import Demo, demo
+from msun.cli.page import save_page
+from msun.plot.evaluation import accuracy, pareto
+from msun.plot.split import split_curve
 
 FILES = (REPORT, "report.html", "split.json", "split.png", "model.pt", "evaluation.csv",
          "evaluation.png", "pareto.png", "demo.html")  # fmt: skip

@@ -9,21 +9,21 @@ from typing import Any
 
 import pandas as pd
 
-from cka_probe import glyphs
-from cka_probe.glyphnet import glyphnet
-from cka_probe.probe import probe
+from cka_probe.inputs import glyphs
+from cka_probe.models.glyphnet import glyphnet
+from cka_probe.probing.api import probe
 from cka_probe.report import Report
-from msun import checkpoint
-from msun.between import step_macs
-from msun.build import build
-from msun.calibrate import calibrate, recalibrated
-from msun.cut import find_cuts
-from msun.evaluate import compare
-from msun.heads import subnet_costs
-from msun.recipe import TrainConfig
-from msun.split import suggest_split
-from msun.split_choice import SplitChoice
-from msun.train import train
+from msun.cutting.cuts import find_cuts
+from msun.evaluation.accuracy import compare
+from msun.evaluation.calibration import calibrate, recalibrated
+from msun.network import checkpoint
+from msun.network.builder import build
+from msun.network.costs import subnet_costs
+from msun.splitting.choice import SplitChoice
+from msun.splitting.suggest import suggest_split
+from msun.training.config import TrainConfig
+from msun.training.size_sampling import step_macs
+from msun.training.trainer import train
 
 __all__ = ["SCALES", "SIDES", "Demo", "demo"]
 

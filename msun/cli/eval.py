@@ -14,19 +14,19 @@ import pandas as pd
 import torch
 from torch import nn
 
-from cka_probe.cli import MODEL_HELP, WEIGHTS_HELP
-from cka_probe.cli_commands import _numbers
-from cka_probe.cli_output import backend
-from cka_probe.models import LoadedModel
-from cka_probe.plot import save_figure
-from cka_probe.scales import parse_scales
-from msun import checkpoint
-from msun import plot as plots
-from msun.agree import open_tests
-from msun.calibrate import calibrate, recalibrated
-from msun.cli_options import load
-from msun.evaluate import compare
-from msun.model import MSUN
+from cka_probe.cli.commands import _numbers
+from cka_probe.cli.main import MODEL_HELP, WEIGHTS_HELP
+from cka_probe.cli.output import backend
+from cka_probe.inputs.scales import parse_scales
+from cka_probe.models.load import LoadedModel
+from cka_probe.plot.figures import save_figure
+from msun.cli.options import load
+from msun.evaluation.accuracy import compare
+from msun.evaluation.calibration import calibrate, recalibrated
+from msun.evaluation.classes import open_tests
+from msun.network import checkpoint
+from msun.network.model import MSUN
+from msun.plot import evaluation as plots
 
 TABLE, PICTURES = "evaluation.csv", {"accuracy": "accuracy.png", "pareto": "pareto.png"}
 PREDICTIONS, CALIBRATED = "predictions", "calibrated"

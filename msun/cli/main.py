@@ -11,14 +11,19 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from cka_probe.cli import _joined, _Parser
-from cka_probe.cli_commands import version_line
-from cka_probe.cli_output import explain
-from cka_probe.link import LostRankError
-from cka_probe.ranks import may_speak
-from cka_probe.state import STATE as PROBED
-from msun import cli_build, cli_cuts, cli_demo, cli_eval, cli_suggest, cli_train
-from msun.train_state import STATE
+from cka_probe.cli.commands import version_line
+from cka_probe.cli.main import _joined, _Parser
+from cka_probe.distributed.heartbeat import LostRankError
+from cka_probe.distributed.ranks import may_speak
+from cka_probe.errors import explain
+from cka_probe.probing.state import STATE as PROBED
+from msun.cli import build as cli_build
+from msun.cli import cuts as cli_cuts
+from msun.cli import demo as cli_demo
+from msun.cli import eval as cli_eval
+from msun.cli import suggest as cli_suggest
+from msun.cli import train as cli_train
+from msun.training.state import STATE
 
 PROG = "msun"
 SAVED = {"train": (STATE,), "suggest": (PROBED,)}  # what an interrupted command goes on from

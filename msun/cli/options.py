@@ -3,9 +3,9 @@
 import argparse
 from typing import Any
 
-from cka_probe.cli import MODEL_HELP, WEIGHTS_HELP
-from cka_probe.models import LoadedModel, load_model, parse_model_args
-from msun.classifier import new_head
+from cka_probe.cli.main import MODEL_HELP, WEIGHTS_HELP
+from cka_probe.models.load import LoadedModel, load_model, parse_model_args
+from msun.network.classifier import new_head
 
 __all__ = ["add_model", "load"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from cka_probe.files import replacing
+from cka_probe.io import replacing
 
 __all__ = ["save_page"]
 

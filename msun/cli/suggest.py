@@ -10,22 +10,22 @@ import pandas as pd
 import torch
 from torch import nn
 
-from cka_probe.cli_commands import _about, _described, _images, _norm
-from cka_probe.cli_output import backend, left_out, output_folder
-from cka_probe.layers import ROOT, module_paths, select_layers
-from cka_probe.models import LoadedModel
-from cka_probe.plot import save_figure
-from cka_probe.probe import REPORT, probe
-from cka_probe.provenance import model_sha256
+from cka_probe.activations.layers import ROOT, module_paths, select_layers
+from cka_probe.activations.macs import model_sha256
+from cka_probe.cli.commands import _about, _described, _images, _norm
+from cka_probe.cli.output import backend, left_out, output_folder
+from cka_probe.inputs.scales import parse_scales
+from cka_probe.models.load import LoadedModel
+from cka_probe.plot.figures import save_figure
+from cka_probe.probing.api import REPORT, probe
 from cka_probe.report import Report
-from cka_probe.scales import parse_scales
-from msun.cli_options import add_model, load
-from msun.cut import Cut, example_images, find_cuts
-from msun.heads import subnet_costs
-from msun.plot_split import split_curve
-from msun.split import check_options, suggest_split
-from msun.split_choice import SplitChoice
-from msun.split_rules import SPLIT_RULES
+from msun.cli.options import add_model, load
+from msun.cutting.cuts import Cut, example_images, find_cuts
+from msun.network.costs import subnet_costs
+from msun.plot.split import split_curve
+from msun.splitting.choice import SplitChoice
+from msun.splitting.rules import SPLIT_RULES
+from msun.splitting.suggest import check_options, suggest_split
 
 JSON, PICTURE = "split.json", "split.png"
 

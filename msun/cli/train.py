@@ -7,21 +7,21 @@ from typing import Any
 
 import torch
 
-from cka_probe import glyphs
-from cka_probe.cli_commands import _images, _numbers
-from cka_probe.probe import probe
-from cka_probe.scales import parse_scales
-from msun.cli_build import add_building, build_network
-from msun.cli_options import add_model, load
-from msun.cut import example_images, find_cuts
-from msun.data import open_labelled
-from msun.heads import subnet_costs
-from msun.losses import CONSTRAINTS
-from msun.recipe import TrainConfig
-from msun.split import check_options, suggest_split
-from msun.split_choice import SplitChoice
-from msun.train import train
-from msun.train_state import CONFIG, METRICS, MODEL, STATE, read_config, read_metrics
+from cka_probe.cli.commands import _images, _numbers
+from cka_probe.inputs import glyphs
+from cka_probe.inputs.scales import parse_scales
+from cka_probe.probing.api import probe
+from msun.cli.build import add_building, build_network
+from msun.cli.options import add_model, load
+from msun.cutting.cuts import example_images, find_cuts
+from msun.data.labelled import open_labelled
+from msun.network.costs import subnet_costs
+from msun.splitting.choice import SplitChoice
+from msun.splitting.suggest import check_options, suggest_split
+from msun.training.config import TrainConfig
+from msun.training.losses import CONSTRAINTS
+from msun.training.state import CONFIG, METRICS, MODEL, STATE, read_config, read_metrics
+from msun.training.trainer import train
 
 AUTO, SPLIT = "auto", "split.json"
 PROBED = 512  # images that --at auto looks at

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from cka_probe.layers import module_paths, unwrap
-from msun.observe import drops_in_place, last_inside, observe, overwrites
-from msun.parts import Flow, Part, hold, part
-from msun.trace import trace
+from cka_probe.activations.layers import module_paths, unwrap
+from msun.cutting.dataflow import Flow, Part, hold, part
+from msun.cutting.trace import trace
+from msun.cutting.verify import drops_in_place, last_inside, observe, overwrites
 
 __all__ = ["Cut", "cut", "cut_points", "example_images", "find_cuts", "heads"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from msun.trace import Trace
+from msun.cutting.trace import Trace
 
 __all__ = ["Flow", "Part", "hold", "part"]
 

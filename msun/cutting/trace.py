@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torchvision.models.feature_extraction import NodePathTracer
 
-from cka_probe.decode import one_line
+from cka_probe.errors import one_line
 
 __all__ = ["Trace", "attached", "trace", "unchanged"]
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
-from cka_probe.collect import preserved_rng
-from cka_probe.decode import one_line
-from msun.trace import Trace, attached, unchanged
+from cka_probe.errors import one_line
+from cka_probe.rng import preserved_rng
+from msun.cutting.trace import Trace, attached, unchanged
 
 __all__ = ["Observation", "drops_in_place", "last_inside", "observe", "overwrites"]
 

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cka_probe.images import from_workers
-from cka_probe.views import View, resize
-from msun.data import Labelled
+from cka_probe.inputs.batches import from_workers
+from cka_probe.inputs.views import View, resize
+from msun.data.labelled import Labelled
 
 __all__ = ["Augment", "Crops", "augmentation", "shuffled"]
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from cka_probe import decode, glyphs
-from cka_probe.images import digest, order
-from cka_probe.models import IMAGENET
-from cka_probe.views import seeded
+from cka_probe.inputs import decode, glyphs
+from cka_probe.inputs.batches import digest, order
+from cka_probe.inputs.views import seeded
+from cka_probe.models.load import IMAGENET
 
 __all__ = ["Labelled", "open_labelled"]
 

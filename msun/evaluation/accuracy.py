@@ -15,17 +15,17 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from cka_probe.estimators import Minibatch
-from cka_probe.images import MIN_IMAGES, order, plan
-from cka_probe.models import LoadedModel
+from cka_probe.engine.minibatch import Minibatch
+from cka_probe.inputs.batches import MIN_IMAGES, order, plan
+from cka_probe.inputs.scales import check_scales
+from cka_probe.inputs.views import resize
+from cka_probe.models.load import LoadedModel
 from cka_probe.progress import progress_bar
-from cka_probe.scales import check_scales
-from cka_probe.views import resize
-from msun.agree import Feed, feeding, normalisation, open_tests, reference_of, rows_for
-from msun.crops import Crops
-from msun.data import Labelled
-from msun.measure import Measured, close_features, put_features
-from msun.scores import Predictions, accuracy, drawn_sides, judge, student_interval
+from msun.data.crops import Crops
+from msun.data.labelled import Labelled
+from msun.evaluation.classes import Feed, feeding, normalisation, open_tests, reference_of, rows_for
+from msun.evaluation.measure import Measured, close_features, put_features
+from msun.metrics import Predictions, accuracy, drawn_sides, judge, student_interval
 
 __all__ = ["compare", "evaluate"]
 

@@ -16,18 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cka_probe.collect import preserved_rng
-from cka_probe.forwards import _device_of, _move
-from cka_probe.images import order
-from cka_probe.layers import unwrap
-from cka_probe.models import LoadedModel
+from cka_probe.activations.layers import unwrap
+from cka_probe.inputs.batches import order
+from cka_probe.inputs.scales import check_scales
+from cka_probe.models.load import LoadedModel
+from cka_probe.probing.forward import device_of, move_to
 from cka_probe.progress import progress_bar
-from cka_probe.scales import check_scales
-from msun.agree import normalisation
-from msun.crops import Crops
-from msun.data import Labelled, open_labelled
-from msun.model import MSUN
-from msun.norms import install, recalibrate, select, sized_norms
+from cka_probe.rng import preserved_rng
+from msun.data.crops import Crops
+from msun.data.labelled import Labelled, open_labelled
+from msun.evaluation.classes import normalisation
+from msun.network.model import MSUN
+from msun.network.norms import install, recalibrate, select, sized_norms
 
 __all__ = ["calibrate", "recalibrated"]
 
@@ -52,7 +52,7 @@ def calibrate(
     """Re-estimate the batch norm statistics of subnets and trunk for further sizes, in place.
 
     An image of one of these sizes is from then on normalised by them; weights, biases and the
-    statistics of other sizes stay, and `msun.checkpoint.save` keeps them. A trained size whose
+    statistics of other sizes stay, and `msun.save` keeps them. A trained size whose
     norms are its own ("private") has its statistics already and is passed over, unless it is fed
     or learned from other sizes as well (`Policy.inputs`, `TrainConfig.between`): then its
     statistics are those of all of them, and it is worth naming here.
@@ -204,12 +204,12 @@ def _estimate(
     dtype = next(floats, torch.float32)
     with ExitStack() as stack:
         stack.enter_context(preserved_rng())
-        _move(model, target, stack)
+        move_to(model, target, stack)
         bar = stack.enter_context(
             progress_bar(len(sides), desc="calibrate", unit="size", show=progress)
         )
         for side in sides:
-            with closing(images.at(side, _device_of(model), dtype)) as batches:
+            with closing(images.at(side, device_of(model), dtype)) as batches:
                 recalibrate(model, batches, side)
             bar.update()
         bar.leave = True

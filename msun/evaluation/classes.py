@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from cka_probe.models import LoadedModel
-from cka_probe.views import View
-from msun.data import Labelled, open_labelled
-from msun.model import MSUN
+from cka_probe.inputs.views import View
+from cka_probe.models.load import LoadedModel
+from msun.data.labelled import Labelled, open_labelled
+from msun.network.model import MSUN
 
 __all__ = ["Feed", "feeding", "normalisation", "open_tests", "reference_of", "rows_for"]
 

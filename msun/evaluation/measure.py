@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cka_probe.collect import _eval_mode, failing_module, preserved_rng
-from cka_probe.decode import one_line
-from cka_probe.estimators import Minibatch
-from cka_probe.forwards import _device_of, _move
-from cka_probe.kernels import NonFiniteFeaturesError
-from cka_probe.layers import ROOT, module_paths, unwrap
-from msun.costs import Shadow, parameter_count
-from msun.model import MSUN
+from cka_probe.activations.hooks import failing_module
+from cka_probe.activations.layers import ROOT, module_paths, unwrap
+from cka_probe.engine.kernels import NonFiniteFeaturesError
+from cka_probe.engine.minibatch import Minibatch
+from cka_probe.errors import one_line
+from cka_probe.probing.forward import device_of, move_to
+from cka_probe.rng import eval_mode, preserved_rng
+from msun.network.model import MSUN
+from msun.network.shape_probe import Shadow, parameter_count
 
 __all__ = ["Measured", "close_features", "put_features"]
 
@@ -64,7 +65,7 @@ class Measured:
     @property
     def device(self) -> torch.device:
         """Where the network is."""
-        return _device_of(self.model)
+        return device_of(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -86,8 +87,8 @@ class Measured:
     def __enter__(self) -> Measured:
         with ExitStack() as stack:
             stack.enter_context(preserved_rng())
-            _move(self.model, self.target, stack)
-            stack.enter_context(_eval_mode(self.model))
+            move_to(self.model, self.target, stack)
+            stack.enter_context(eval_mode(self.model))
             stack.enter_context(torch.no_grad())
             if self.features and self._path is not None:
                 module = self._modules[self._path]

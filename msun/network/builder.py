@@ -9,20 +9,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cka_probe.files import plain
-from cka_probe.layers import unwrap
-from cka_probe.models import LoadedModel
-from msun.costs import Shadow
-from msun.cut import cut, example_images, find_cuts
-from msun.losses import RAW_TAU
-from msun.model import MSUN, Origin
-from msun.norms import install
-from msun.paper import Recipe, hand_made, recipe_of
-from msun.parts import Part
-from msun.policy import Policy, check_scales, merge_grid, policy_of
-from msun.settle import settled
-from msun.subnets import STARTS, resample_first
-from msun.surgery import take_out
+from cka_probe.activations.layers import unwrap
+from cka_probe.io import plain
+from cka_probe.models.load import LoadedModel
+from msun.cutting.cuts import cut, example_images, find_cuts
+from msun.cutting.dataflow import Part
+from msun.network.functional_layers import settled
+from msun.network.kernel_resize import STARTS, resample_first
+from msun.network.model import MSUN, Origin
+from msun.network.norms import install
+from msun.network.paper import Recipe, hand_made, recipe_of
+from msun.network.policy import RAW_TAU, Policy, check_scales, merge_grid, policy_of
+from msun.network.shape_probe import Shadow
+from msun.network.stride_removal import take_out
 
 __all__ = ["build", "fingerprint", "map_axes", "small_heads"]
 
@@ -45,8 +44,8 @@ def build(
 
     At the largest scale it is the backbone, to the bit, until it is trained; with one scale it is
     nothing else. Smaller scales get the head with as many strides taken out as their grid needs
-    (`msun.surgery`); the preset "paper" has the hand-made subnets for the paper's four backbones
-    at its cuts and scales, and `origin` says which of the two it is.
+    (`msun.network.stride_removal`); the preset "paper" has the hand-made subnets for the
+    paper's four backbones at its cuts and scales, and `origin` says which of the two it is.
 
     Args:
         backbone: a network that takes one image tensor and gives logits (n, classes).

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cka_probe.decode import one_line
-from cka_probe.files import plain, replacing
-from cka_probe.layers import unwrap
-from cka_probe.models import LoadedModel, load_model
-from msun.build import build, fingerprint
-from msun.classifier import new_head
-from msun.model import MSUN
-from msun.policy import POLICIES, Policy, check_scales
+from cka_probe.activations.layers import unwrap
+from cka_probe.errors import one_line
+from cka_probe.io import plain, replacing
+from cka_probe.models.load import LoadedModel, load_model
+from msun.network.builder import build, fingerprint
+from msun.network.classifier import new_head
+from msun.network.model import MSUN
+from msun.network.policy import POLICIES, Policy, check_scales
 
 __all__ = ["FORMAT", "describe", "load", "load_into", "read", "save"]
 

@@ -10,11 +10,11 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from cka_probe.collect import preserved_rng
-from cka_probe.layers import unwrap
-from cka_probe.models import LoadedModel
-from msun.costs import first_tensor
-from msun.cut import example_images
+from cka_probe.activations.layers import unwrap
+from cka_probe.models.load import LoadedModel
+from cka_probe.rng import preserved_rng
+from msun.cutting.cuts import example_images
+from msun.network.shape_probe import first_tensor
 
 __all__ = ["new_head"]
 

@@ -12,15 +12,15 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from cka_probe.collect import Collector, Tap
-from cka_probe.layers import unwrap
-from cka_probe.provenance import MacCounter
-from msun.build import map_axes, small_heads
-from msun.costs import Shadow, meta_copy
-from msun.cut import Cut, example_images, heads
-from msun.parts import Part
-from msun.policy import check_scales, policy_of
-from msun.settle import settled
+from cka_probe.activations.hooks import Collector, Tap
+from cka_probe.activations.layers import unwrap
+from cka_probe.activations.macs import MacCounter
+from msun.cutting.cuts import Cut, example_images, heads
+from msun.cutting.dataflow import Part
+from msun.network.builder import map_axes, small_heads
+from msun.network.functional_layers import settled
+from msun.network.policy import check_scales, policy_of
+from msun.network.shape_probe import Shadow, meta_copy
 
 __all__ = ["head_costs", "subnet_costs"]
 

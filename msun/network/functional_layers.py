@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from msun.parts import Part, _compiled
-from msun.twins import put, twin
+from msun.cutting.dataflow import Part, _compiled
+from msun.network.shallow_copy import put, twin
 
 __all__ = ["settled"]
 

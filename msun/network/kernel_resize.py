@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from msun.parts import Part
-from msun.twins import branch
+from msun.cutting.dataflow import Part
+from msun.network.shallow_copy import branch
 
 __all__ = ["STARTS", "centred", "resample_first", "resampled"]
 

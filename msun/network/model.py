@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from msun.costs import first_tensor
-from msun.norms import SizedNorm, calibrated_sizes, select, sized_norms
-from msun.parts import Part
-from msun.plans import Grid, Plan, Planner
-from msun.policy import Policy, route
+from msun.cutting.dataflow import Part
+from msun.network.norms import SizedNorm, calibrated_sizes, select, sized_norms
+from msun.network.planner import Grid, Plan, Planner
+from msun.network.policy import Policy, route
+from msun.network.shape_probe import first_tensor
 
 __all__ = ["MSUN", "Origin", "resized"]
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cka_probe.rng import eval_mode
+
 __all__ = ["SizedNorm", "calibrated_sizes", "install", "recalibrate", "select"]
 __all__ += ["set_aside", "sized_norms"]
 
@@ -227,7 +229,7 @@ def recalibrate(
     wanted = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     norms = sized_norms(model)
     n = 0
-    with _evaluating(model), _gathering(norms):
+    with eval_mode(model), _gathering(norms):
         for batch in batches:
             if tuple(batch.shape[-2:]) != wanted:
                 h, w = batch.shape[-2:]
@@ -254,15 +256,3 @@ def _gathering(norms: list[SizedNorm]) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.gathered = None
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode again afterwards."""
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode

@@ -14,11 +14,11 @@ import torchvision
 from torch import nn
 from torchvision.models import densenet, mobilenetv2, resnet, vgg
 
-from msun.losses import RAW_TAU
-from msun.parts import Part
-from msun.subnets import centred, resampled
-from msun.surgery import like_old
-from msun.twins import branch, put, twin
+from msun.cutting.dataflow import Part
+from msun.network.kernel_resize import centred, resampled
+from msun.network.policy import RAW_TAU
+from msun.network.shallow_copy import branch, put, twin
+from msun.network.stride_removal import like_old
 
 __all__ = ["SCALES", "Recipe", "hand_made", "recipe_of"]
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-from msun.costs import Seen, Shadow
-from msun.parts import Part
-from msun.policy import Policy, fed, merge_grid, route
+from msun.cutting.dataflow import Part
+from msun.network.policy import Policy, fed, merge_grid, route
+from msun.network.shape_probe import Seen, Shadow
 
 __all__ = ["Grid", "Plan", "Planner"]
 

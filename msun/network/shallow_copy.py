@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from msun.parts import Part
+from msun.cutting.dataflow import Part
 
 __all__ = ["branch", "put", "shallow", "twin"]
 

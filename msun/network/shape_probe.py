@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cka_probe.collect import preserved_rng
-from cka_probe.decode import one_line
-from cka_probe.provenance import MacCounter
-from msun.norms import SizedNorm
+from cka_probe.activations.macs import MacCounter
+from cka_probe.errors import one_line
+from cka_probe.rng import preserved_rng
+from msun.network.norms import SizedNorm
 
 __all__ = ["Seen", "Shadow", "first_tensor", "meta_copy", "parameter_count"]
 

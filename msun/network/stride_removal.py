@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from msun.costs import Shadow, meta_copy
-from msun.parts import Part
-from msun.twins import put, shallow, twin
+from msun.cutting.dataflow import Part
+from msun.network.shallow_copy import put, shallow, twin
+from msun.network.shape_probe import Shadow, meta_copy
 
 __all__ = ["Leaf", "Step", "Taken", "like_old", "look", "restride", "steps", "take_out"]
 

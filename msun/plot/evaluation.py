@@ -14,8 +14,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
-from cka_probe.lettering import FONT, shown, whole
-from cka_probe.plot import _MARKERS, _axes
+from cka_probe.plot.figures import MARKERS, axes_for
+from cka_probe.plot.labels import FONT, shown, whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,7 +45,7 @@ def accuracy(frame: pd.DataFrame, *, metric: str = "top1", ax: Axes | None = Non
         ValueError: a column that is missing, a size that an arm has twice, or nothing to draw.
     """
     arms = _arms(frame, metric)
-    ax = _axes(ax, _figure_in(arms))
+    ax = axes_for(ax, _figure_in(arms))
     for k, (name, rows) in enumerate(arms.items()):
         rows = rows[rows["size_px"].notna()].sort_values("size_px")
         x = rows["size_px"].to_numpy(dtype=float)
@@ -84,7 +84,7 @@ def pareto(frame: pd.DataFrame, *, metric: str = "top1", ax: Axes | None = None)
         ValueError: as `accuracy`, or no cost in the frame.
     """
     arms = _arms(frame, metric, "gmacs")
-    ax = _axes(ax, _figure_in(arms))
+    ax = axes_for(ax, _figure_in(arms))
     costs = np.concatenate([rows["gmacs"].to_numpy(dtype=float) for rows in arms.values()])
     if not np.isfinite(costs).any():
         raise ValueError(f"no costs to draw: {len(costs)} rows without gmacs: evaluate again")
@@ -180,7 +180,7 @@ def _style(k: int, arms: int) -> dict[str, Any]:
     """Colour and mark of the k-th arm."""
     few = arms <= _DISTINCT
     palette = sns.color_palette("colorblind", arms) if few else sns.husl_palette(arms, l=0.5)
-    return {"color": palette[k], "marker": _MARKERS[k % len(_MARKERS)]}
+    return {"color": palette[k], "marker": MARKERS[k % len(MARKERS)]}
 
 
 def _label(name: str) -> str:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import seaborn as sns
 
-from cka_probe.lettering import FONT, room_in, row_in, settle, shown
-from cka_probe.plot import _axes
+from cka_probe.plot.figures import axes_for
+from cka_probe.plot.labels import FONT, room_in, row_in, settle, shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from msun.split_choice import SplitChoice
+    from msun.splitting.choice import SplitChoice
 
 __all__ = ["split_curve"]
 
@@ -37,7 +37,7 @@ def split_curve(choice: SplitChoice, *, ax: Axes | None = None) -> Axes:
     """
     curve = choice.curve
     m = len(curve.layers)
-    ax = _axes(ax, (0.6 + max(5.0, m * row_in(m)) + 2.3, 3.8 + room_in(curve.layers)))
+    ax = axes_for(ax, (0.6 + max(5.0, m * row_in(m)) + 2.3, 3.8 + room_in(curve.layers)))
     x, size = np.arange(m), 5 if m <= 40 else 3
     ax.fill_between(x, curve.low, curve.high, color=_CURVE, alpha=0.2, linewidth=0)
     label = f"view {shown([choice.view], 16)[0]}, with its\n95 % interval"

@@ -12,8 +12,8 @@ from typing import Any
 
 import pandas as pd
 
-from cka_probe.files import plain, replacing
-from msun.curves import Curve
+from cka_probe.io import plain, replacing
+from msun.splitting.curve import Curve
 
 __all__ = ["SplitChoice"]
 

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from msun.curves import Curve, Floats, Verdict, chance, told, within
+from msun.splitting.curve import Curve, Floats, Verdict, chance, told, within
 
 __all__ = ["SPLIT_RULES", "Rule", "get_rule", "register_rule"]
 

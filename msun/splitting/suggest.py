@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from cka_probe.report import Report
-from msun.curves import Curve, Verdict
-from msun.cut import Cut
-from msun.split_choice import SplitChoice
-from msun.split_rules import SPLIT_RULES, Rule, get_rule
+from msun.cutting.cuts import Cut
+from msun.splitting.choice import SplitChoice
+from msun.splitting.curve import Curve, Verdict
+from msun.splitting.rules import SPLIT_RULES, Rule, get_rule
 
 __all__ = ["SPLIT_RULES", "check_options", "suggest_split"]
 
@@ -69,8 +69,9 @@ def suggest_split(
         ValueError: an unknown rule or view, a report of one view, one without any of these cuts
             (of another network, perhaps), or without values; delta or level out of range.
 
-    >>> from cka_probe import glyphs, probe
-    >>> from cka_probe.glyphnet import glyphnet
+    >>> from cka_probe import probe
+    >>> from cka_probe.inputs import glyphs
+    >>> from cka_probe.models.glyphnet import glyphnet
     >>> from msun import find_cuts
     >>> images, _ = glyphs.tensor("train", 64)
     >>> how = {"resize": "restore", "batch_size": 16, "progress": False}

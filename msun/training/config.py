@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from msun.losses import CONSTRAINTS
-from msun.policy import Policy
+from msun.network.policy import Policy
+from msun.training.losses import CONSTRAINTS
 
 __all__ = ["TrainConfig", "groups", "rate", "refuse_other"]
 
@@ -47,7 +47,7 @@ class TrainConfig:
         ema: Decay of the running mean of weights and statistics, which is then what is measured
             and kept; early on, (1 + step) / (10 + step) where that is smaller. None keeps none.
         amp: Autocast to "bf16" or "fp16" (with loss scaling); None computes in float32.
-        augment: "auto" or "none" (see `msun.crops.augmentation`).
+        augment: "auto" or "none" (see `msun.data.crops.augmentation`).
         crop_area: Lowest and highest share of the area of a crop; None is by the data.
         flip: Whether to mirror; None is by the data.
         between: Share of the steps in which a scale learns the sizes that it serves: a side is

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cka_probe.hsic import cka_loss
-from cka_probe.views import resize
+from cka_probe.engine.hsic import cka_loss
+from cka_probe.inputs.views import resize
+from msun.network.policy import RAW_TAU
 
 __all__ = ["CONSTRAINTS", "constraint", "constraint_pairs", "ensemble_distillation"]
 
 CONSTRAINTS = ("none", "raw", "normalised", "cka")
-RAW_TAU = 0.01
 
 
 def constraint_pairs(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from msun.model import MSUN
-from msun.policy import is_native, served
+from msun.network.model import MSUN
+from msun.network.policy import is_native, served
 
 __all__ = ["ranges", "share", "step_macs"]
 
@@ -63,7 +63,7 @@ def step_macs(net: MSUN, asked: float | None = None) -> float:
     often, total = share(net, asked), float(sum(net.macs(side) for side in net.scales))
     for scale, (low, high) in (ranges(net) if often else {}).items():
         if is_native(net.policy, scale, net.reference):
-            # a side is drawn uniform in the logarithm, rounded down (`msun.crops`)
+            # a side is drawn uniform in the logarithm, rounded down (`msun.data.crops`)
             chance = [math.log((side + 1) / side) for side in range(low, high + 1)]
             costs = [net.plan(side, scale=scale).macs for side in range(low, high + 1)]
             drawn = sum(p * macs for p, macs in zip(chance, costs, strict=True)) / sum(chance)

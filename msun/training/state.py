@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cka_probe.files import plain, replacing
-from msun.recipe import refuse_other
+from cka_probe.io import plain, replacing
+from msun.training.config import refuse_other
 
 __all__ = ["CONFIG", "METRICS", "MODEL", "STATE", "load_state", "read_config", "read_metrics"]
-__all__ += ["save_state", "sweep", "write_config", "write_metrics"]
+__all__ += ["save_state", "write_config", "write_metrics"]
 
 MODEL, STATE, METRICS, CONFIG = "model.pt", "state.pt", "metrics.csv", "config.json"
 _FORMAT = 1
-_HALF = re.compile(r"\.[0-9a-f]{16}\.(pt|csv|json)")
 
 
 def save_state(folder: Path, run: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -70,13 +68,6 @@ def load_state(folder: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
         raise ValueError(f"saved state of a newer format: {form}: update msun")
     refuse_other(saved, run, "saved state")
     return state
-
-
-def sweep(folder: Path) -> None:
-    """Remove the half files that a killed run left: those of `replacing`."""
-    for path in folder.iterdir():
-        if _HALF.fullmatch(path.name):
-            path.unlink()
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:

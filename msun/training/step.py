@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cka_probe.ranks import Ranks
-from cka_probe.views import seeded
-from msun.average import Average
-from msun.losses import constraint_pairs, ensemble_distillation
-from msun.model import MSUN
-from msun.recipe import TrainConfig, groups, rate
+from cka_probe.distributed.ranks import Ranks
+from cka_probe.inputs.views import seeded
+from msun.network.model import MSUN
+from msun.training.config import TrainConfig, groups, rate
+from msun.training.ema import Average
+from msun.training.losses import constraint_pairs, ensemble_distillation
 
 __all__ = ["Descent", "DivergedError", "own_tau"]
 
@@ -89,7 +89,7 @@ class Descent:
 
         Args:
             images: {scale: (b, c, side, side)}, this process's part of the batch; the side is
-                the scale, or one between the scales (see `msun.crops`).
+                the scale, or one between the scales (see `msun.data.crops`).
             labels: (b,).
 
         Returns:
@@ -130,7 +130,7 @@ class Descent:
         total: Tensor | None = None
         first: list[Tensor] = []
         for k in range(own):
-            with _numbers(self.device, self.config.seed, self.step, self.ranks.rank * own + k):
+            with seeded(self.config.seed, self.step, self.ranks.rank * own + k, device=self.device):
                 losses = self._losses({side: x[k] for side, x in cut.items()}, told[k])
                 self.scaler.scale(losses["loss"] / self.shards).backward()  # type: ignore[no-untyped-call]
             values = torch.stack([x.detach().float() for x in losses.values()]) / self.shards
@@ -221,15 +221,3 @@ class Descent:
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.load(state["average"])
-
-
-@contextmanager
-def _numbers(device: torch.device, *key: int) -> Iterator[None]:
-    """What a network draws (dropout) follows from `key`; the global state is as before."""
-    with seeded(*key):
-        if device.type != "cuda":
-            yield
-            return
-        with torch.random.fork_rng([device]):
-            torch.cuda.manual_seed(torch.initial_seed())
-            yield

@@ -11,22 +11,23 @@ from typing import Any
 
 import torch
 
-from cka_probe.decode import one_line
-from cka_probe.files import plain
-from cka_probe.images import order
+from cka_probe.activations.macs import model_sha256, versions
+from cka_probe.distributed.ranks import Ranks, own_device, started
+from cka_probe.errors import one_line
+from cka_probe.inputs.batches import order
+from cka_probe.io import plain, remove_partial_files
 from cka_probe.progress import progress_bar
-from cka_probe.provenance import model_sha256, versions
-from cka_probe.ranks import Ranks, own_device, started
-from msun import checkpoint, norms, train_state
-from msun.between import ranges, share
-from msun.crops import Crops, augmentation, shuffled
-from msun.data import open_labelled
-from msun.descent import Descent, DivergedError, own_tau
-from msun.model import MSUN
-from msun.policy import is_native
-from msun.recipe import TrainConfig, refuse_other
-from msun.scores import judge
-from msun.train_state import CONFIG, METRICS, MODEL, STATE
+from msun.data.crops import Crops, augmentation, shuffled
+from msun.data.labelled import open_labelled
+from msun.metrics import judge
+from msun.network import checkpoint, norms
+from msun.network.model import MSUN
+from msun.network.policy import is_native
+from msun.training import state as train_state
+from msun.training.config import TrainConfig, refuse_other
+from msun.training.size_sampling import ranges, share
+from msun.training.state import CONFIG, METRICS, MODEL, STATE
+from msun.training.step import Descent, DivergedError, own_tau
 
 __all__ = ["TrainConfig", "train"]
 
@@ -44,7 +45,7 @@ def train(model: MSUN, data: Any, config: TrainConfig) -> Path:
 
     Args:
         model: From `msun.build`; trained in place, in the mode it was in afterwards.
-        data: Labelled training images: whatever `msun.data.open_labelled` takes.
+        data: Labelled training images: whatever `msun.data.labelled.open_labelled` takes.
         config: All choices.
 
     Returns:
@@ -209,7 +210,7 @@ class _Run:
             out.mkdir(parents=True, exist_ok=True)
             for name in () if config.resume else (MODEL, STATE, METRICS, CONFIG):
                 (out / name).unlink(missing_ok=True)
-            train_state.sweep(out)
+            remove_partial_files(out)
             train_state.write_config(out, self._described())
         return False
 

@@ -10,8 +10,8 @@ from shell import furnish, words
 from torch import nn
 
 from cka_probe import cka, cka_loss, cka_matrix, permutation_test, probe
-from cka_probe.cli import main
-from cka_probe.estimators import Exact, Minibatch, Sketch
+from cka_probe.cli.main import main
+from cka_probe.engine.minibatch import Exact, Minibatch, Sketch
 
 CUDA = torch.device("cuda")
 pytestmark = [

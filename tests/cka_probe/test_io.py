@@ -7,8 +7,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from cka_probe import files
-from cka_probe.files import load_npz, plain, replacing, save_npz
+from cka_probe import io as files
+from cka_probe.io import load_npz, plain, replacing, save_npz
 
 
 def one_line(error):

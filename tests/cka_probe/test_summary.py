@@ -5,9 +5,9 @@ import pytest
 from pages import made
 from scipy.special import stdtrit
 
-from cka_probe.facts import facts
-from cka_probe.reading import cannot, lead, read_cells, remarks, same_layers, shows
+from cka_probe.html.provenance import facts
 from cka_probe.report import Report
+from cka_probe.summary import cannot, lead, read_cells, remarks, same_layers, shows
 
 ABOVE = "The interval lies wholly above 0.9 for"
 T = stdtrit(7, 0.975)  # 8 groups

@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracle import cka_matrix
 
-EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 NETWORKS = ["resnet18@64, 18 layers, 64 images", "8 scales x 17 blocks, 8 images"]
 FEATURES = ["features, n = 32, 20 layers", "rbf features, n = 32, 20 layers"]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from msun.descent import Descent
+from msun.training.step import Descent
 
 pytestmark = pytest.mark.usefixtures("at_the_root")
 
@@ -108,10 +108,10 @@ def test_every_arm_gets_the_same_macs_counted_on_its_forwards():
 def test_macs_of_a_step_on_drawn_sizes_are_those_of_the_draws():
     from experiments.scales.arms import ARMS, made
     from experiments.scales.tasks import TASKS
-    from msun.between import step_macs
-    from msun.crops import Augment, Crops
-    from msun.data import open_labelled
-    from msun.policy import is_native, served
+    from msun.data.crops import Augment, Crops
+    from msun.data.labelled import open_labelled
+    from msun.network.policy import is_native, served
+    from msun.training.size_sampling import step_macs
 
     data = open_labelled((torch.rand(2000, 1, 8, 8), torch.zeros(2000, dtype=torch.int64)))
     whole = Augment(area=(1, 1), ratio=(1, 1), flip=False)
@@ -203,7 +203,7 @@ def _add(folder, k):
     import pathlib
     import sys
 
-    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
     from experiments.scales.ledger import Ledger
 
     for i in range(40):
@@ -251,7 +251,7 @@ def _rows(run):
 def test_a_run_at_another_cut_is_paired_with_rivals_of_its_budget_at_the_usual_one(tmp_path):
     from experiments.scales.execute import predictions
     from experiments.scales.manifest import Run
-    from msun.scores import Predictions
+    from msun.metrics import Predictions
 
     here = bench(tmp_path)
     right = {("lean+small", "layer1", 1.0): 3, ("lean+small", "layer2", 1.0): 4,

@@ -1,7 +1,7 @@
 """What is checked of every architecture, and the table of it in docs/architectures.md.
 
-`python tests/architectures.py rows.json` writes the table, in about ten minutes on one core; the
-rows that are in the file already are not made again.
+`python tests/helpers/architectures.py rows.json` writes the table, in about ten minutes on one
+core; the rows that are in the file already are not made again.
 """
 
 import gc
@@ -24,9 +24,12 @@ from torch.utils._pytree import tree_flatten
 import msun
 from cka_probe import probe
 
-TABLE = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
+TABLE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 IMAGES, BATCH = 8, 4
-COMMAND, PACKAGES = "python tests/architectures.py rows.json", ("torch", "torchvision", "timm")
+COMMAND, PACKAGES = (
+    "python tests/helpers/architectures.py rows.json",
+    ("torch", "torchvision", "timm"),
+)
 
 # A two-scale probe that is not finite, and why.
 NOT_FINITE = {
@@ -172,7 +175,7 @@ def compare_with_clones(
     model: nn.Module, x: Tensor, report: object, layers: list[str], side: int
 ) -> None:
     """CKA between two layers at the full size, by plain hooks that clone, and the oracle."""
-    from cka_probe.images import order
+    from cka_probe.inputs.batches import order
 
     modules = dict(model.named_modules(remove_duplicate=False))
     kept: dict[str, list[np.ndarray]] = {}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cka_probe.models import load_model
+from cka_probe.models.load import load_model
 
 NET = """
 import torch

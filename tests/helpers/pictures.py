@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from cka_probe.images import batches
+from cka_probe.inputs.batches import batches
 
 
 def write(folder, n, size=(6, 6)):

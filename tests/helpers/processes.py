@@ -20,10 +20,13 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from cka_probe import link, probe, ranks, row_file, state
-from cka_probe.cli import main
+from cka_probe import probe
+from cka_probe.cli.main import main
+from cka_probe.distributed import heartbeat as link
+from cka_probe.distributed import ranks
+from cka_probe.probing import row_file, state
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Net(nn.Module):
@@ -52,7 +55,7 @@ def images(n=42):
 
 def damaged_folder(folder, n, bad):
     """A folder of n images of which those at the places `bad` in the run's order are no images."""
-    from cka_probe.images import order
+    from cka_probe.inputs.batches import order
 
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -178,7 +181,7 @@ def run_jobs(jobs, folder, timeout=300):
     done = subprocess.run(
         [sys.executable, __file__, str(folder / "jobs.json")],
         capture_output=True, text=True, check=False, timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cka_probe.cli import main
+from cka_probe.cli.main import main
 
 NET = '''
 import torch
@@ -27,6 +27,13 @@ def fixed():
     """Takes 16 px only."""
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 3))
 '''
+
+# `python -c LISTENING program ...`: a process that hears Ctrl-C even where this one, started in the
+# background, was told to ignore it
+LISTENING = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
 
 
 def furnish(root):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from cka_probe import Report
-from msun.curves import Curve
+from msun.splitting.curve import Curve
 
 # Blocks 1 to 5 of four networks as the paper's authors published them, 224 px against 224-32-224.
 # block: after which the authors cut, by hand; the stem and each stage is a block.

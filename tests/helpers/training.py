@@ -5,9 +5,9 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from msun.build import build
-from msun.recipe import TrainConfig
-from msun.train import train
+from msun.network.builder import build
+from msun.training.config import TrainConfig
+from msun.training.trainer import train
 
 SCALES = (8, 16)
 

@@ -12,20 +12,12 @@ from torch import nn
 from training import NET, SCALES, backbone, images, network, options, run
 
 from cka_probe import probe
-from msun import (
-    Predictions,
-    build,
-    calibrate,
-    checkpoint,
-    cli,
-    evaluate,
-    find_cuts,
-    recalibrated,
-    suggest_split,
-)
-from msun.descent import Descent
-from msun.policy import POLICIES, Policy
-from msun.train import train
+from msun import Predictions, build, calibrate, evaluate, find_cuts, recalibrated, suggest_split
+from msun.cli import main as cli
+from msun.network import checkpoint
+from msun.network.policy import POLICIES, Policy
+from msun.training.step import Descent
+from msun.training.trainer import train
 
 CUDA = torch.device("cuda")
 pytestmark = [

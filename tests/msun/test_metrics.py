@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from msun.scores import Predictions, accuracy, drawn_sides, judge, student_interval, wilson
+from msun.metrics import Predictions, accuracy, drawn_sides, judge, student_interval, wilson
 
 
 def test_ranks_equal_those_of_sorting():

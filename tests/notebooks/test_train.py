@@ -1,9 +1,8 @@
 """Notebook 3, executed as it is shipped and on a network and folders of one's own."""
 
 import pytest
-from conftest import REPOSITORY
+from notebook_runs import MISSING, REPOSITORY, as_text, check_clean, execute, shown_by
 from PIL import Image
-from test_notebooks import MISSING, as_text, check_clean, execute, shown_by
 
 import msun
 
@@ -51,7 +50,7 @@ def test_says_what_each_size_costs_and_serves_mixed_sizes(executed):
 
 def test_the_checkpoint_keeps_what_was_calibrated(executed):
     folder = executed[0]
-    from cka_probe.glyphnet import glyphnet
+    from cka_probe.models.glyphnet import glyphnet
 
     net = msun.load(folder / "lean.pt", backbone=glyphnet())
     assert net.scales == (16, 32, 64)

@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from cka_probe.collect import Collector, Tap
+from cka_probe.activations.hooks import Collector, Tap
 
 
 def images(n: int = 4, side: int = 8, seed: int = 0) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cka_probe.collect import Collector, Tap, failing_module, preserved_rng
+from cka_probe.activations.hooks import Collector, Tap, failing_module, preserved_rng
 
 
 class Noisy(nn.Module):

@@ -8,7 +8,14 @@ import torchvision
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from cka_probe.layers import ROOT, Selection, default_layers, module_paths, select_layers, unwrap
+from cka_probe.activations.layers import (
+    ROOT,
+    Selection,
+    default_layers,
+    module_paths,
+    select_layers,
+    unwrap,
+)
 
 
 class Block(nn.Module):

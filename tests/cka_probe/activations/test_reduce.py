@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cka_probe.reduce import REDUCERS, get_reducer, layout, leaves, reducer_name, usable
+from cka_probe.activations.reduce import REDUCERS, get_reducer, layout, leaves, reducer_name, usable
 
 SHAPES = {
     "vector": (5, 9),

@@ -1,19 +1,15 @@
 """Words that no command can use, what an earlier run left, provenance of the embedded images."""
 
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import LISTENING
 from shell import furnish, refused, words
 
 from cka_probe import Report
-from cka_probe.cli import main
+from cka_probe.cli.main import main
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +98,8 @@ def test_overwriting_leaves_nothing_of_the_run_before(place, tmp_path):
 def test_the_demo_says_what_it_is_made_of(tmp_path):
     assert main(["demo", "--images", "64", "--out", str(tmp_path / "o")]) == 0
     meta = Report.load(tmp_path / "o" / "report.npz").meta
-    assert meta["run"]["images"]["name"] == "cka_probe.glyphs, split test, seed 0, first 64"
-    assert "64 images of cka_probe.glyphs" in (tmp_path / "o" / "report.html").read_text()
+    assert meta["run"]["images"]["name"] == "cka_probe.inputs.glyphs, split test, seed 0, first 64"
+    assert "64 images of cka_probe.inputs.glyphs" in (tmp_path / "o" / "report.html").read_text()
     assert {"cka_probe", "torch", "python", "torchvision", "pillow", "numpy"} <= set(
         meta["versions"]
     )
@@ -118,8 +114,8 @@ def test_ctrl_c_offers_resume_only_where_there_is_something(
         raise KeyboardInterrupt
 
     for name in ("probe", "load_model", "Report"):
-        monkeypatch.setattr(f"cka_probe.cli_commands.{name}", stop)
-    monkeypatch.setattr("cka_probe.cli_commands.Report.load", stop, raising=False)
+        monkeypatch.setattr(f"cka_probe.cli.commands.{name}", stop)
+    monkeypatch.setattr("cka_probe.cli.commands.Report.load", stop, raising=False)
     out = tmp_path / "o"
     argv = {
         "demo": ["demo", "--images", "64", "--out", str(out)],
@@ -138,33 +134,12 @@ def test_ctrl_c_offers_resume_only_where_there_is_something(
 
 
 def test_a_demo_leaves_no_state(tmp_path, monkeypatch):
-    monkeypatch.setattr("cka_probe.state.SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr("cka_probe.probing.state.SAVE_EVERY_S", 0.0)
 
     def stop(*args, **options):
         assert not list((tmp_path / "o").glob("state*"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cka_probe.cli_commands.write", stop)
+    monkeypatch.setattr("cka_probe.cli.commands.write", stop)
     assert main(["demo", "--images", "256", "--out", str(tmp_path / "o")]) == 130
     assert not (tmp_path / "o").exists()
-
-
-@pytest.mark.parametrize("program", ["cka_probe", "msun"])
-@pytest.mark.parametrize("name", ["torch", "seaborn"])
-def test_ctrl_c_while_it_loads(tmp_path, name, program):
-    """A module that never finishes to load: of the package itself, and of the command line."""
-    (tmp_path / f"{name}.py").write_text(
-        "import time\nprint('loading', flush=True)\ntime.sleep(60)\n"
-    )
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    process = subprocess.Popen(
-        [sys.executable, "-c", LISTENING, sys.executable, "-m", program, "--version"],
-        env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    assert process.stdout.readline() == "loading\n"
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=30)
-    assert process.returncode == 130
-    ours = program.replace("_", "-")
-    assert error == f"{ours}: interrupted: Ctrl-C: nothing was saved, run again\n"

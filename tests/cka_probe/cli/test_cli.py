@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from shell import furnish, refused, words
 
 from cka_probe import Report
-from cka_probe.cli import main
+from cka_probe.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_run_writes_its_five_files(place, tmp_path, capsys):
 
 def test_python_and_shell_agree(place, tmp_path):
     from cka_probe import probe
-    from cka_probe.models import load_model
+    from cka_probe.models.load import load_model
 
     out = tmp_path / "out"
     assert (
@@ -125,7 +125,7 @@ def test_wrong_checkpoints(place, tmp_path, capsys):
 
 
 def test_nan_weights(place, tmp_path, capsys):
-    from cka_probe.models import load_model
+    from cka_probe.models.load import load_model
 
     state = load_model(f"{place / 'nets.py'}:tiny").model.state_dict()
     state["2.weight"][0, 0, 0, 0] = float("nan")
@@ -241,7 +241,7 @@ def test_plot(place, tmp_path, capsys, kind):
 
 
 def test_compare_two_checkpoints(place, tmp_path, capsys):
-    from cka_probe.models import load_model
+    from cka_probe.models.load import load_model
 
     model = load_model(f"{place / 'nets.py'}:tiny").model
     save_file(model.state_dict(), tmp_path / "a.safetensors")

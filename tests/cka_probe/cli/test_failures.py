@@ -8,10 +8,11 @@ import pytest
 import torch
 from shell import furnish, words
 
-from cka_probe import Report, state
-from cka_probe.cli import main
-from cka_probe.decode import ImageError
-from cka_probe.files import load_npz, save_npz
+from cka_probe import Report
+from cka_probe.cli.main import main
+from cka_probe.inputs.decode import ImageError
+from cka_probe.io import load_npz, save_npz
+from cka_probe.probing import state
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def drawing_fails(monkeypatch, error):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("cka_probe.plot.save_figure", fail)
+    monkeypatch.setattr("cka_probe.plot.figures.save_figure", fail)
 
 
 def files(folder):
@@ -38,7 +39,7 @@ def test_an_interruption_while_drawing_costs_no_forward(place, tmp_path, monkeyp
     assert "run again with --resume" in capsys.readouterr().err
     assert [p.name for p in out.iterdir()] == ["report.npz"]
     with monkeypatch.context() as patch:
-        patch.setattr("cka_probe.forwards.Forwards.take", None)  # not one
+        patch.setattr("cka_probe.probing.forward.Forwards.take", None)  # not one
         assert main(words(place, out, "--quiet", "--resume")) == 0
     assert len(files(out)) == 5
 
@@ -71,7 +72,7 @@ def test_an_interruption_before_any_batch_offers_nothing(place, tmp_path, monkey
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cka_probe.cli_commands.load_model", stop)
+    monkeypatch.setattr("cka_probe.cli.commands.load_model", stop)
     assert main(words(place, out, "--quiet", "--overwrite", "--seed", "3")) == 130
     assert "nothing was saved" in capsys.readouterr().err
     assert files(out) == before
@@ -130,7 +131,7 @@ def test_a_disk_that_does_not_answer_costs_no_state(place, tmp_path, monkeypatch
 
 
 def test_a_state_of_an_earlier_version_goes_on_with_what_it_left_out(tmp_path):
-    from cka_probe.estimators import Minibatch
+    from cka_probe.engine.minibatch import Minibatch
 
     def filled():
         one = Minibatch(4)
@@ -211,7 +212,7 @@ def test_a_reference_needs_scales_and_buffers_that_are_not_saved_count():
     import torch
 
     from cka_probe import probe
-    from cka_probe.provenance import model_sha256
+    from cka_probe.activations.macs import model_sha256
 
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
     net.register_buffer("mask", torch.ones(3), persistent=False)

@@ -14,9 +14,9 @@ from processes import run_jobs
 from shell import furnish, words
 
 from cka_probe import Report
-from cka_probe.cli import main
+from cka_probe.cli.main import main
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[3]
 FATAL = """
 
 def fatal():
@@ -117,7 +117,7 @@ def torchrun(n, *argv, **environment):
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}",
          "-m", "cka_probe", *argv],
         capture_output=True, text=True, check=False, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent), **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
     )  # fmt: skip
     return done, time.monotonic() - began
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import LISTENING
-from shell import furnish, refused, words
+from shell import LISTENING, furnish, refused, words
 
 from cka_probe import Report
-from cka_probe.cli import main
+from cka_probe.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +26,7 @@ def start(place, out, *more):
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(
-            [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+            [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
         ),
     }
     return subprocess.Popen(

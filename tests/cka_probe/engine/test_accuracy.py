@@ -5,7 +5,7 @@ import oracle
 import pytest
 import torch
 
-from cka_probe.estimators import Exact, Minibatch
+from cka_probe.engine.minibatch import Exact, Minibatch
 
 LINEAR, RBF = 1e-6, 1e-5
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from cka_probe import DegenerateWarning, cka, cka_loss, cka_matrix, permutation_test
-from cka_probe.estimators import Exact, Minibatch
-from cka_probe.kernels import get_kernel
-from cka_probe.spool import GramBlocks, Spool
-from cka_probe.tiles import TiledSums
+from cka_probe.engine.kernels import get_kernel
+from cka_probe.engine.minibatch import Exact, Minibatch
+from cka_probe.engine.spool import GramBlocks, Spool
+from cka_probe.engine.tiled import TiledSums
 
 
 def speckled(n):
@@ -119,7 +119,7 @@ def test_taking_row_means_off_changes_nothing_else(unbiased):
     for key, x in enumerate(features):
         spool.append(key, torch.tensor(x))
         spool.name_last(key, 0)
-    from cka_probe.tiles import FeatureBlocks
+    from cka_probe.engine.tiled import FeatureBlocks
 
     kernel = get_kernel("linear")
     sources = [FeatureBlocks([torch.tensor(x) for x in features], kernel),
@@ -156,7 +156,7 @@ def test_a_kernel_of_ones_own_keeps_its_digits_too():
 
 
 def test_a_kernel_of_products_that_is_no_linear_one():
-    from cka_probe.kernels import Kernel, product
+    from cka_probe.engine.kernels import Kernel, product
 
     def finished(block, sigma):
         return (block + 1e9) ** 2

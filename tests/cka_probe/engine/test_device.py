@@ -10,10 +10,11 @@ from processes import call, images
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cka_probe import device, estimators, exact, sketch
-from cka_probe.device import device_block
-from cka_probe.hsic import u_centre
-from cka_probe.kernels import (
+from cka_probe.engine import device, exact, sketch
+from cka_probe.engine import minibatch as estimators
+from cka_probe.engine.device import device_block
+from cka_probe.engine.hsic import u_centre
+from cka_probe.engine.kernels import (
     KERNELS,
     NonFiniteFeaturesError,
     batch_block,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from scipy import stats
 
-from cka_probe.estimators import Exact, Minibatch
-from cka_probe.memory import exact_bytes
+from cka_probe.engine.memory import exact_bytes
+from cka_probe.engine.minibatch import Exact, Minibatch
 
 
 def features(n, m=3, d=8, seed=0):

@@ -3,7 +3,14 @@ import oracle
 import pytest
 import torch
 
-from cka_probe.hsic import cka_loss, hsic_from_sums, hsic_pairs, jackknife, normalise, u_centre
+from cka_probe.engine.hsic import (
+    cka_loss,
+    hsic_from_sums,
+    hsic_pairs,
+    jackknife,
+    normalise,
+    u_centre,
+)
 
 
 def grams(m, n, d=6, seed=0):

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from cka_probe import gemm
-from cka_probe.bandwidth import median_bandwidth
-from cka_probe.hsic import centre_gram
-from cka_probe.kernels import (
+from cka_probe.engine import gemm
+from cka_probe.engine.bandwidth import median_bandwidth
+from cka_probe.engine.hsic import centre_gram
+from cka_probe.engine.kernels import (
     KERNELS,
     Kernel,
     NonFiniteFeaturesError,
@@ -90,7 +90,7 @@ def test_median_bandwidth_is_the_median_of_all_pairs():
 
 
 def test_autocast_and_tf32_do_not_reach_the_gram():
-    from cka_probe.estimators import Minibatch
+    from cka_probe.engine.minibatch import Minibatch
 
     x, y = torch.randn(2, 64, 500, generator=torch.Generator().manual_seed(0))
     results = []

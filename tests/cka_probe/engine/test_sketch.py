@@ -9,15 +9,16 @@ import torch
 from scipy import stats
 from torch import nn
 
-from cka_probe import DegenerateWarning, Report, glyphs, probe
-from cka_probe.cli import main
-from cka_probe.collect import Collector
-from cka_probe.estimators import Exact, Sketch
-from cka_probe.glyphnet import glyphnet
-from cka_probe.kernels import NonFiniteFeaturesError
-from cka_probe.project import BLOCKS, Projection
-from cka_probe.sketch import own_error, size_for
-from cka_probe.sketch_sums import SketchSums, sketched_result, unbiased_norms
+from cka_probe import DegenerateWarning, Report, probe
+from cka_probe.activations.hooks import Collector
+from cka_probe.cli.main import main
+from cka_probe.engine.kernels import NonFiniteFeaturesError
+from cka_probe.engine.minibatch import Exact, Sketch
+from cka_probe.engine.projection import BLOCKS, Projection
+from cka_probe.engine.sketch import own_error, size_for
+from cka_probe.engine.sketch_sums import SketchSums, sketched_result, unbiased_norms
+from cka_probe.inputs import glyphs
+from cka_probe.models.glyphnet import glyphnet
 
 
 def features(n, widths, *, seed=0, mean=0.0, scale=1.0):

@@ -7,10 +7,10 @@ import oracle
 import pytest
 import torch
 
-from cka_probe import tiles
-from cka_probe.hsic import normalise
-from cka_probe.kernels import get_kernel
-from cka_probe.tiles import FeatureBlocks, TiledSums, tiled_result
+from cka_probe.engine import tiled as tiles
+from cka_probe.engine.hsic import normalise
+from cka_probe.engine.kernels import get_kernel
+from cka_probe.engine.tiled import FeatureBlocks, TiledSums, tiled_result
 
 N, GROUPS = 83, 6
 

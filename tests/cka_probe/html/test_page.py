@@ -7,11 +7,11 @@ import pytest
 from pages import LAYERS, READ, VIEWS, ends, expected, focused, luminance, made, text
 from shell import furnish, words
 
-from cka_probe import page as page_module
-from cka_probe.cli import main
-from cka_probe.page import LIMIT_BYTES, page, save_page
-from cka_probe.reading import lead, remarks
+from cka_probe.cli.main import main
+from cka_probe.html import page as page_module
+from cka_probe.html.page import LIMIT_BYTES, page, save_page
 from cka_probe.report import Report
+from cka_probe.summary import lead, remarks
 
 HOSTILE = ["</script><b id=evil>x", '"><img src=x onerror=alert(1)>', "<!--js-->", "a&amp;b'c",
            "ein.sehr.langer.name.block12.attention.softmax.proj", "späße \\u003c ${x}"]  # fmt: skip

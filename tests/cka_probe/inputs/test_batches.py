@@ -6,9 +6,9 @@ from pictures import assert_same, every, level, level_of, write
 from PIL import Image
 from torchvision.transforms import v2
 
-from cka_probe import decode
-from cka_probe.images import open_images, order, plan
-from cka_probe.views import scale_transforms, view_transforms
+from cka_probe.inputs import decode
+from cka_probe.inputs.batches import open_images, order, plan
+from cka_probe.inputs.views import scale_transforms, view_transforms
 
 
 @pytest.fixture

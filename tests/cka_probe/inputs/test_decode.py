@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cka_probe import decode as room
-from cka_probe.decode import ImageError, decode, from_item, from_pil, image_files
+from cka_probe.inputs import decode as room
+from cka_probe.inputs.decode import ImageError, decode, from_item, from_pil, image_files
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)

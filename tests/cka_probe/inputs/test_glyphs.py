@@ -9,8 +9,8 @@ from matplotlib.ft2font import FT2Font
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from cka_probe import glyphs
-from cka_probe.glyphs import CLASSES, TEST_FACES, TRAIN_FACES, Glyphs, draw, tensor
+from cka_probe.inputs import glyphs
+from cka_probe.inputs.glyphs import CLASSES, TEST_FACES, TRAIN_FACES, Glyphs, draw, tensor
 
 
 def test_classes_and_faces():

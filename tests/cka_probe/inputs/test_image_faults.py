@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LISTENING
 from pictures import Items, every, level, level_of, write
 from PIL import Image
+from shell import LISTENING
 from torchvision.transforms import v2
 
-from cka_probe.decode import ImageError
-from cka_probe.images import batches, open_images
-from cka_probe.views import scale_transforms, view_transforms
+from cka_probe.inputs.batches import batches, open_images
+from cka_probe.inputs.decode import ImageError
+from cka_probe.inputs.views import scale_transforms, view_transforms
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -165,8 +165,8 @@ def test_workers_leave_interrupts_to_the_parent(folder):
 def test_ctrl_c_leaves_no_process_and_no_noise(folder):
     program = """
         import contextlib, multiprocessing, sys, torch
-        from cka_probe.images import batches, open_images
-        from cka_probe.views import scale_transforms
+        from cka_probe.inputs.batches import batches, open_images
+        from cka_probe.inputs.views import scale_transforms
         source = open_images(sys.argv[1])
         try:
             while True:

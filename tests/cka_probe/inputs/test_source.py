@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torchvision.datasets import FakeData, ImageFolder
 from torchvision.transforms import v2
 
-from cka_probe.images import open_images
-from cka_probe.views import scale_transforms
+from cka_probe.inputs.batches import open_images
+from cka_probe.inputs.views import scale_transforms
 
 FLOATS = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 

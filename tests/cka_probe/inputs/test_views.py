@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from cka_probe.views import (
+from cka_probe.inputs.views import (
     View,
     look,
     scale_transforms,

@@ -12,7 +12,7 @@ from networks import refused, same, write_net
 from torch import nn
 from torchvision import models as torchvision_models
 
-from cka_probe.models import load_model, parse_model_args
+from cka_probe.models.load import load_model, parse_model_args
 
 
 @pytest.fixture
@@ -222,7 +222,7 @@ def test_bad_model_arguments(pairs):
 
 
 def test_the_embedded_network_by_name():
-    from cka_probe.glyphnet import glyphnet
+    from cka_probe.models.glyphnet import glyphnet
 
     loaded = load_model("glyphnet")
     assert (loaded.name, loaded.input_size, loaded.weights) == (

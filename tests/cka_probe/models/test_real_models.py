@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from cka_probe.images import batches, open_images
-from cka_probe.models import load_model
-from cka_probe.views import scale_transforms
+from cka_probe.inputs.batches import batches, open_images
+from cka_probe.inputs.views import scale_transforms
+from cka_probe.models.load import load_model
 
 pytestmark = pytest.mark.real_data
 
-EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+EXPERIMENTS = Path(__file__).resolve().parents[3] / "experiments"
 SAME = {"pad_type": "same"}
 V1 = """
 from timm.models.efficientnet import _gen_mobilenet_v1

@@ -5,7 +5,7 @@ import torch
 from networks import refused, same, write_net
 from safetensors.torch import save_file
 
-from cka_probe.models import load_model
+from cka_probe.models.load import load_model
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from matplotlib import pyplot as plt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cka_probe import plot
+from cka_probe.plot import figures as plot
 from cka_probe.report import Report
 
 LONG = [

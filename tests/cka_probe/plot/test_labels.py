@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from cka_probe.lettering import annotate, room_in, row_in, shown
+from cka_probe.plot.labels import annotate, room_in, row_in, shown
 
 
 def test_short_names_stay():

@@ -13,13 +13,14 @@ from processes import call
 from torch import nn
 
 from cka_probe import probe
-from cka_probe.choose import batch_error, choose
-from cka_probe.estimators import Exact
-from cka_probe.kernels import get_kernel
-from cka_probe.sketch import own_error
-from cka_probe.spool import Spool
+from cka_probe.engine.kernels import get_kernel
+from cka_probe.engine.minibatch import Exact
+from cka_probe.engine.sketch import own_error
+from cka_probe.engine.spool import Spool
+from cka_probe.probing.choose import batch_error, choose
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[3]
+PEAK = ROOT / "tests" / "helpers" / "peak.py"
 MIB = 2**20
 SMALL = {"n": 200, "side": 32, "width": 16, "layers": 6, "batch_size": 32}
 
@@ -29,10 +30,10 @@ def measured(estimator, **ask):
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     done = subprocess.run(
-        [sys.executable, str(HERE / "peak.py"), json.dumps({"estimator": estimator, **ask})],
+        [sys.executable, str(PEAK), json.dumps({"estimator": estimator, **ask})],
         env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     return json.loads(done.stdout.splitlines()[-1])
@@ -159,7 +160,8 @@ def test_auto_in_a_probe_says_why_and_resumes_as_it_was(tmp_path):
 
 
 def test_a_card_gives_half_of_what_it_has_free(monkeypatch):
-    from cka_probe import memory, probe_run
+    from cka_probe.engine import memory
+    from cka_probe.probing import run as probe_run
 
     card, other, host = torch.device("cuda:0"), torch.device("cuda:1"), torch.device("cpu")
     free = {card: 8_000, other: 5_000}
@@ -189,7 +191,7 @@ def test_a_card_gives_half_of_what_it_has_free(monkeypatch):
 
 
 def test_a_card_that_is_not_there_is_no_limit():
-    from cka_probe import memory
+    from cka_probe.engine import memory
 
     missing = torch.device("cuda:99")
     assert memory.free_memory([missing]) == pytest.approx(memory.free_memory([]), rel=0.2)

@@ -12,9 +12,9 @@ from torch import nn
 from torchvision.transforms import v2
 
 from cka_probe import probe
-from cka_probe.fingerprints import described
+from cka_probe.probing.fingerprint import described
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 FACTOR = 2
 
 
@@ -111,7 +111,7 @@ def test_things_that_hold_themselves_end():
 def test_another_process_says_the_same():
     """String hashes and addresses differ there."""
     code = (
-        "import sys; sys.path[:0] = ['tests']; from test_fingerprints import *\n"
+        "import sys; sys.path[:0] = ['tests/cka_probe/probing']; from test_fingerprint import *\n"
         "print([described(value) for values in DIFFERENT for value in values])"
     )
     found = {

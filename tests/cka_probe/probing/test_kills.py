@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from processes import call, damaged_folder, run_jobs
 
-from cka_probe import state
+from cka_probe.probing import state
 
 # A run has 10 batches, 20 forwards, 9 saves. (what, count): before the count-th, or after the
 # -count-th; "half a file" is what np.savez or a plain write had made by then.
@@ -193,7 +193,7 @@ def test_rows_that_would_fill_the_disk_are_not_saved(tmp_path, monkeypatch):
 
 def test_an_interruption_within_a_sum_saves_no_half_batch(tmp_path, monkeypatch):
     """Ctrl-C while a batch is being added: what was saved before it stands."""
-    from cka_probe.estimators import Minibatch
+    from cka_probe.engine.minibatch import Minibatch
 
     whole, calls = Minibatch.close_batch, [0]
 

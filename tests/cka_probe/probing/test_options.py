@@ -6,8 +6,9 @@ import torch
 from pages import made
 from torch import nn
 
-from cka_probe import Report, plot, probe
-from cka_probe.views import scale_transforms
+from cka_probe import Report, probe
+from cka_probe.inputs.views import scale_transforms
+from cka_probe.plot import figures as plot
 
 IMAGES = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -32,7 +33,11 @@ VIEWS = {"scales": None}
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"model": "resnet18"}, TypeError, "'resnet18': load it, cka_probe.models.load_model("),
+        (
+            {"model": "resnet18"},
+            TypeError,
+            "'resnet18': load it, cka_probe.models.load.load_model(",
+        ),
         ({"model": build}, TypeError, "model is no network: 'build': call it"),
         ({"model": nn.ReLU}, TypeError, "model is no network: 'ReLU': call it"),
         ({"model": 5}, TypeError, "model is no network: 5: give an nn.Module"),
@@ -83,7 +88,7 @@ def test_no_memory_for_an_image_is_one_line(monkeypatch):
     def full(*args, **options):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\nframe #0")
 
-    monkeypatch.setattr("cka_probe.views.F.interpolate", full)
+    monkeypatch.setattr("cka_probe.inputs.views.F.interpolate", full)
     with pytest.raises(ValueError, match=r"^no memory for an image: \[4, 4\] pixels: "):
         scale_transforms([4])["4"](torch.rand(3, 8, 8))
 

@@ -8,8 +8,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from cka_probe import probe
-from cka_probe.images import order
-from cka_probe.models import load_model
+from cka_probe.inputs.batches import order
+from cka_probe.models.load import load_model
 
 pytestmark = pytest.mark.real_data
 

@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 from scipy.special import stdtrit
 from shell import furnish, words
 
-from cka_probe import plot
-from cka_probe.cli import main
-from cka_probe.models import load_model
-from cka_probe.page import page
-from cka_probe.reading import absent
+from cka_probe.cli.main import main
+from cka_probe.html.page import page
+from cka_probe.models.load import load_model
+from cka_probe.plot import figures as plot
 from cka_probe.report import Report
+from cka_probe.summary import absent
 
 
 def cut(report, *entries):

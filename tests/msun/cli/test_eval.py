@@ -6,8 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cka_probe.models import load_model
-from msun import Predictions, build, cli, evaluate, load, save
+from cka_probe.models.load import load_model
+from msun import Predictions, build, evaluate, load, save
+from msun.cli import main as cli
 
 NET = """
 import torch

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from msun import cli, cli_cuts
+from msun.cli import cuts as cli_cuts
+from msun.cli import main as cli
 
 NET = """
 from torch import nn

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from cka_probe import Report, probe
-from cka_probe.models import load_model
-from msun import cli, cli_suggest
+from cka_probe.models.load import load_model
+from msun.cli import main as cli
+from msun.cli import suggest as cli_suggest
 
 NET = """
 from torch import nn
@@ -205,6 +206,6 @@ def test_a_failed_run_leaves_nothing(capsys, home, tmp_path, monkeypatch):
     assert "no ink: 0: buy some" in refused(capsys, *words)
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
-    monkeypatch.setattr("msun.split_choice.SplitChoice.save", fail)
+    monkeypatch.setattr("msun.splitting.choice.SplitChoice.save", fail)
     refused(capsys, *words)
     assert not (tmp_path / "out").exists()

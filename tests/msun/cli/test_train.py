@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 from training import NET
 
-from msun import checkpoint, cli, cli_train
-from msun.descent import Descent
+from msun.cli import main as cli
+from msun.cli import train as cli_train
+from msun.network import checkpoint
+from msun.training.step import Descent
 
 
 @pytest.fixture

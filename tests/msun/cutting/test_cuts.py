@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import msun
-from msun.cut import find_cuts
+from msun.cutting.cuts import find_cuts
 
 # A few of the sweep over all architectures. Name: (side, another side)
 DIVERSE = {

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cka_probe.views import View, resize
-from msun.crops import Augment, Crops, augmentation, shuffled
-from msun.data import open_labelled
+from cka_probe.inputs.views import View, resize
+from msun.data.crops import Augment, Crops, augmentation, shuffled
+from msun.data.labelled import open_labelled
 
 
 @pytest.fixture

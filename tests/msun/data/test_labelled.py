@@ -9,8 +9,8 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
-from cka_probe import decode, glyphs
-from msun.data import open_labelled
+from cka_probe.inputs import decode, glyphs
+from msun.data.labelled import open_labelled
 
 
 def save(path, colour, size=(5, 4)):

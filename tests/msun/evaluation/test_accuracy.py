@@ -10,12 +10,12 @@ from oracle import cka as slow_cka
 from torch import nn
 from torchvision.transforms.v2 import functional as tv
 
-from cka_probe.models import LoadedModel
-from cka_probe.probe import probe
+from cka_probe.models.load import LoadedModel
+from cka_probe.probing.api import probe
 from msun import Predictions, build, compare, evaluate
-from msun.agree import feeding
-from msun.data import open_labelled
-from msun.scores import drawn_sides, wilson
+from msun.data.labelled import open_labelled
+from msun.evaluation.classes import feeding
+from msun.metrics import drawn_sides, wilson
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from cka_probe.images import ImageError
-from cka_probe.models import LoadedModel
-from cka_probe.views import View
+from cka_probe.inputs.batches import ImageError
+from cka_probe.inputs.views import View
+from cka_probe.models.load import LoadedModel
 from msun import TrainConfig, build, calibrate, evaluate, load, recalibrated, save, train
-from msun.data import open_labelled
-from msun.norms import SizedNorm
+from msun.data.labelled import open_labelled
+from msun.network.norms import SizedNorm
 
 QUIET = {"progress": False}
 

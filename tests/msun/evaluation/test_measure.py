@@ -11,11 +11,11 @@ from measured import QUIET, Tiny, photographs, tensors
 from torch import nn
 from torch.utils.data import Dataset
 
-from cka_probe import estimators
-from cka_probe.images import ImageError
+from cka_probe.engine import minibatch as estimators
+from cka_probe.inputs.batches import ImageError
 from msun import build, evaluate
-from msun.data import open_labelled
-from msun.measure import Measured
+from msun.data.labelled import open_labelled
+from msun.evaluation.measure import Measured
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ import zoo
 from torch import nn
 
 import msun
-from cka_probe.glyphnet import glyphnet
-from cka_probe.models import load_model
-from msun import cli
-from msun.norms import SizedNorm
-from msun.policy import POLICIES, Policy
-from msun.subnets import resampled
+from cka_probe.models.glyphnet import glyphnet
+from cka_probe.models.load import load_model
+from msun.cli import main as cli
+from msun.network.kernel_resize import resampled
+from msun.network.norms import SizedNorm
+from msun.network.policy import POLICIES, Policy
 
 # name: (scales, cut); scales that are no powers of two apart
 CHEAP = {

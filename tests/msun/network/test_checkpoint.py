@@ -9,11 +9,11 @@ import torchvision
 from torch import nn
 
 import msun
-from cka_probe.glyphnet import glyphnet
-from cka_probe.models import load_model
-from msun import checkpoint
-from msun.norms import recalibrate
-from msun.policy import POLICIES, Policy
+from cka_probe.models.glyphnet import glyphnet
+from cka_probe.models.load import load_model
+from msun.network import checkpoint
+from msun.network.norms import recalibrate
+from msun.network.policy import POLICIES, Policy
 
 
 def noise(n, side, seed=0):

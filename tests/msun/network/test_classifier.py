@@ -9,9 +9,9 @@ from PIL import Image
 from torch import nn
 
 import msun
-from cka_probe.models import load_model
-from msun.cli import main
-from msun.cut import example_images
+from cka_probe.models.load import load_model
+from msun.cli.main import main
+from msun.cutting.cuts import example_images
 
 NETS = {
     "resnet18": "fc", "squeezenet1_1": "classifier.1", "mobilenet_v3_small": "classifier.3",

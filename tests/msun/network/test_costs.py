@@ -9,10 +9,10 @@ from torch import nn
 
 import msun
 from cka_probe import probe
-from cka_probe.glyphnet import glyphnet
-from msun.costs import Shadow
-from msun.cut import example_images, find_cuts
-from msun.heads import head_costs, subnet_costs
+from cka_probe.models.glyphnet import glyphnet
+from msun.cutting.cuts import example_images, find_cuts
+from msun.network.costs import head_costs, subnet_costs
+from msun.network.shape_probe import Shadow
 
 
 class Net(nn.Module):

@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import msun
-from cka_probe.glyphnet import glyphnet
-from cka_probe.provenance import MacCounter
-from msun.model import MSUN, resized
-from msun.norms import recalibrate, sized_norms
+from cka_probe.activations.macs import MacCounter
+from cka_probe.models.glyphnet import glyphnet
+from msun.network.model import MSUN, resized
+from msun.network.norms import recalibrate, sized_norms
 
 SCALES = (16, 32, 64)
 CHOICES = [

@@ -7,8 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from msun import norms
-from msun.norms import SizedNorm, calibrated_sizes, install, recalibrate, select, sized_norms
+from msun.network import norms
+from msun.network.norms import (
+    SizedNorm,
+    calibrated_sizes,
+    install,
+    recalibrate,
+    select,
+    sized_norms,
+)
 
 
 def noise(*shape, seed=0):

@@ -8,8 +8,8 @@ import torchvision
 from torch import nn
 
 import msun
-from msun.costs import parameter_count
-from msun.paper import hand_made, recipe_of
+from msun.network.paper import hand_made, recipe_of
+from msun.network.shape_probe import parameter_count
 
 SCALES = (32, 128, 224)
 SIZES = range(32, 225, 16)
@@ -128,9 +128,9 @@ def test_small_kernels_come_from_the_old_one():
     [("resnet50", 0.01), ("densenet121", 0.001), ("vgg16_bn", 0.001), ("mobilenet_v2", 0.01)],
 )
 def test_the_raw_constraint_counts_from_the_papers_own_tau(name, tau, tmp_path):
-    from cka_probe.ranks import Ranks
-    from msun.descent import Descent
-    from msun.losses import constraint_pairs
+    from cka_probe.distributed.ranks import Ranks
+    from msun.training.losses import constraint_pairs
+    from msun.training.step import Descent
 
     net, config = built(name, "paper"), msun.TrainConfig(out=tmp_path)
     how = {"total": 1, "rows": None, "shards": 1, "ranks": Ranks(), "device": torch.device("cpu")}

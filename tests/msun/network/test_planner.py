@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import msun
-from cka_probe.glyphnet import glyphnet
-from msun.policy import Policy
+from cka_probe.models.glyphnet import glyphnet
+from msun.network.policy import Policy
 
 
 class Multiples(nn.Module):

@@ -5,8 +5,8 @@ from decimal import Decimal, getcontext
 
 import pytest
 
-from msun import policy
-from msun.policy import (
+from msun.network import policy
+from msun.network.policy import (
     POLICIES,
     Policy,
     check_scales,

@@ -8,11 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import msun
-from msun.costs import Shadow
-from msun.settle import Convolve, settled
-from msun.subnets import centred, resample_first, resampled
-from msun.surgery import look, restride, steps, take_out
-from msun.twins import branch, put, twin
+from msun.network.functional_layers import Convolve, settled
+from msun.network.kernel_resize import centred, resample_first, resampled
+from msun.network.shallow_copy import branch, put, twin
+from msun.network.shape_probe import Shadow
+from msun.network.stride_removal import look, restride, steps, take_out
 
 SIDE = 64
 

@@ -9,9 +9,9 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from cka_probe.plot import save_figure
-from msun import plot
-from msun.scores import wilson
+from cka_probe.plot.figures import save_figure
+from msun.metrics import wilson
+from msun.plot import evaluation as plot
 
 pytestmark = pytest.mark.usefixtures("agg")
 

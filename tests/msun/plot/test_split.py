@@ -11,9 +11,9 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from split_curves import RESTORED, names, report
 
-from cka_probe.plot import save_figure
-from msun.plot_split import split_curve
-from msun.split import suggest_split
+from cka_probe.plot.figures import save_figure
+from msun.plot.split import split_curve
+from msun.splitting.suggest import suggest_split
 
 
 @pytest.fixture(autouse=True)

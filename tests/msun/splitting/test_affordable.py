@@ -8,8 +8,8 @@ import torchvision
 from split_curves import RESTORED, curve, names, report
 
 from msun import find_cuts, suggest_split
-from msun.cut import Cut, example_images
-from msun.split_rules import get_rule
+from msun.cutting.cuts import Cut, example_images
+from msun.splitting.rules import get_rule
 
 judge = get_rule("affordable")[1]
 

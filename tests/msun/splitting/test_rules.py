@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 from split_curves import AUTHORS, FED_SMALL, RESTORED, curve, names, report
 
-from msun.split import suggest_split
-from msun.split_rules import first_dip, get_rule
+from msun.splitting.rules import first_dip, get_rule
+from msun.splitting.suggest import suggest_split
 
 # --- slow oracles, written from the definitions alone
 

@@ -11,10 +11,10 @@ from split_curves import AUTHORS, RESTORED, names, report
 
 import msun
 from cka_probe import Report
-from msun.curves import Curve, Verdict
-from msun.cut import Cut
-from msun.split import suggest_split
-from msun.split_rules import SPLIT_RULES, register_rule
+from msun.cutting.cuts import Cut
+from msun.splitting.curve import Curve, Verdict
+from msun.splitting.rules import SPLIT_RULES, register_rule
+from msun.splitting.suggest import suggest_split
 
 # --- what belongs to what
 
@@ -152,7 +152,7 @@ def test_bad_rules(rule, error, match):
 
 
 def test_the_registry(monkeypatch):
-    monkeypatch.setattr("msun.split_rules.SPLIT_RULES", dict(SPLIT_RULES))
+    monkeypatch.setattr("msun.splitting.rules.SPLIT_RULES", dict(SPLIT_RULES))
     register_rule("last", lambda c: np.arange(len(c.cka), dtype=float))
     assert suggest_split(report(RESTORED), names(19), rule="last").layer == "features.18"
     with pytest.raises(ValueError, match=r"^a rule of this name is there already: 'recovery': "):

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from training import network, same, weights
 
-from msun.average import Average
-from msun.recipe import groups, rate
+from msun.training.config import groups, rate
+from msun.training.ema import Average
 
 
 def test_the_rate():

@@ -9,10 +9,10 @@ import pytest
 import torch
 from training import images, network, options, run, same, weights
 
-from msun.descent import Descent
-from msun.norms import recalibrate
-from msun.recipe import TrainConfig
-from msun.train import train
+from msun.network.norms import recalibrate
+from msun.training.config import TrainConfig
+from msun.training.step import Descent
+from msun.training.trainer import train
 
 
 def table(path):

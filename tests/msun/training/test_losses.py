@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cka_probe import cka
-from msun.losses import constraint, constraint_pairs, ensemble_distillation
+from msun.training.losses import constraint, constraint_pairs, ensemble_distillation
 
 
 def maps(*sides, n=5, c=3, grid=4, seed=0):

@@ -12,12 +12,12 @@ import pytest
 import torch
 from training import SCALES, backbone, images, network, options, run, same, weights
 
-from msun import checkpoint
-from msun.build import build
-from msun.policy import POLICIES
-from msun.train import train
+from msun.network import checkpoint
+from msun.network.builder import build
+from msun.network.policy import POLICIES
+from msun.training.trainer import train
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[3]
 
 # One interpreter, and a fork for each run: a child kills itself at its moment.
 SCRIPT = """
@@ -26,7 +26,9 @@ import torch
 
 torch.set_num_threads(1)
 sys.path.insert(0, {here!r})
-from msun import checkpoint, descent, train_state
+from msun.network import checkpoint
+from msun.training import step as descent
+from msun.training import state as train_state
 import training
 
 first = training.network()  # one for all: a child's changes are its own
@@ -93,14 +95,14 @@ MOMENTS = [
 
 
 def kill(jobs):
-    script = SCRIPT.format(here=str(HERE))
+    script = SCRIPT.format(here=str(ROOT / "tests" / "helpers"))
     done = subprocess.run(
         [sys.executable, "-c", script, json.dumps(jobs)],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=HERE.parent,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(int(signal.SIGKILL))] * len(jobs), done.stderr
@@ -168,7 +170,7 @@ def test_a_run_in_one_shard_or_with_fp16_resumes_too(tmp_path):
 
 def interrupt(out, step, **more):
     """Stop a run by an exception after a step that was saved."""
-    from msun.descent import Descent
+    from msun.training.step import Descent
 
     whole = Descent.descend
 
@@ -286,7 +288,7 @@ def test_without_resume_what_is_there_is_refused(interrupted, tmp_path):
 def test_a_finished_run_returns_at_once(tmp_path, monkeypatch):
     model, path = run(tmp_path / "out", max_steps=2)
     stamp = path.stat().st_mtime_ns
-    monkeypatch.setattr("msun.descent.Descent.descend", None)
+    monkeypatch.setattr("msun.training.step.Descent.descend", None)
     again, there = run(tmp_path / "out", max_steps=2, resume=True)
     assert there == path
     assert path.stat().st_mtime_ns == stamp

@@ -10,12 +10,12 @@ from training import SCALES as TWO
 from training import run, same, weights
 
 import msun
-from cka_probe.glyphnet import glyphnet
-from cka_probe.views import resize
-from msun.between import ranges, share, step_macs
-from msun.crops import Augment, Crops
-from msun.data import open_labelled
-from msun.policy import is_native, served
+from cka_probe.inputs.views import resize
+from cka_probe.models.glyphnet import glyphnet
+from msun.data.crops import Augment, Crops
+from msun.data.labelled import open_labelled
+from msun.network.policy import is_native, served
+from msun.training.size_sampling import ranges, share, step_macs
 
 SCALES = (16, 32, 64)
 
@@ -68,7 +68,7 @@ def test_each_scale_also_learns_the_sizes_that_it_serves(tmp_path, monkeypatch):
         seen.append(args)
         return Crops(*args)
 
-    monkeypatch.setattr(sys.modules["msun.train"], "Crops", crops)
+    monkeypatch.setattr(sys.modules["msun.training.trainer"], "Crops", crops)
     plain, _ = run(tmp_path / "plain", epochs=3, between=0.0)
     half, _ = run(tmp_path / "half", epochs=3)
     other, _ = run(tmp_path / "other", epochs=3, between=1.0)

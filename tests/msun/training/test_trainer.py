@@ -15,11 +15,12 @@ from torch import nn
 from torch.nn import functional as F
 from training import SCALES, backbone, images, network, options, run, same, weights
 
-from msun import checkpoint, evaluate
-from msun.norms import recalibrate
-from msun.train import train
+from msun import evaluate
+from msun.network import checkpoint
+from msun.network.norms import recalibrate
+from msun.training.trainer import train
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +180,7 @@ def test_shards_are_separate_batches_for_batch_norm(tmp_path):
     x, y = images(24)
     more = PLAIN | {"max_steps": 1, "weight_decay": 0.0}
     got, _ = run(tmp_path / "out", data=(x, y), batch_size=24, dropout=0.0, shards=2, **more)
-    from msun.crops import shuffled
+    from msun.data.crops import shuffled
 
     mixed = torch.from_numpy(shuffled(24, 0, 0))
     halves = [network(dropout=0.0) for _ in range(2)]
@@ -211,10 +212,12 @@ def test_processes_equal_one_that_runs_all_shards(tmp_path, n):
     whole, _ = run(tmp_path / "whole", shards=1)
     assert not same(weights(want), weights(whole)), "shards must matter, or nothing is tested"
     script = tmp_path / "script.py"
-    script.write_text(DDP.format(here=str(HERE), out=str(tmp_path / "two"), n=n))
+    script.write_text(
+        DDP.format(here=str(ROOT / "tests" / "helpers"), out=str(tmp_path / "two"), n=n)
+    )
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n}",
                "--standalone", str(script)]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     got = checkpoint.read(tmp_path / "two" / "model.pt")["state"]
@@ -234,7 +237,7 @@ def test_the_mean_is_what_is_measured_and_kept(tmp_path):
     mean, path = run(tmp_path / "mean", ema=0.9)
     assert not same(weights(last), weights(mean))
     x, y = images()
-    from cka_probe.images import order
+    from cka_probe.inputs.batches import order
 
     val = sorted(order(48, 0)[:8])
     with torch.no_grad():
@@ -318,7 +321,7 @@ def test_z_is_taken_before_an_in_place_layer(tmp_path):
         nn.Conv2d(3, 4, 3, 2, padding=1), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3, padding=1),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4),
     )  # fmt: skip
-    from msun.build import build
+    from msun.network.builder import build
 
     model = build(net, "0", SCALES)
     x = torch.randn(8, 3, 16, 16)
@@ -333,7 +336,7 @@ def test_z_is_taken_before_a_dropout_that_writes_in_place(tmp_path):
         nn.Conv2d(3, 4, 3, 2, padding=1), nn.Dropout2d(0.5, inplace=True),
         nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4),
     )  # fmt: skip
-    from msun.build import build
+    from msun.network.builder import build
 
     before = [x.clone() for x in net.buffers()]
     model = build(net, "0", SCALES).train()

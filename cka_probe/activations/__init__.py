@@ -1,0 +1,1 @@
+"""A network's layers: which to tap, hooks that collect them, reducers, MACs."""

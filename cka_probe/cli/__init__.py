@@ -1,0 +1,1 @@
+"""The command line `cka-probe`, one file per command."""

@@ -1,0 +1,1 @@
+"""Features to Gram matrices to HSIC to CKA: torch and numpy only."""

@@ -1,0 +1,38 @@
+"""Exceptions as one line of text: what is wrong: the value: a hint what to do."""
+
+import errno
+
+from PIL import Image, UnidentifiedImageError
+
+__all__ = ["explain", "one_line"]
+
+
+def one_line(error: BaseException) -> str:
+    """The reason of an exception as one line without ": " and without absolute paths.
+
+    Args:
+        error: the exception.
+
+    Returns:
+        "no such file or directory", "image file is truncated", "KeyError ('x')".
+    """
+    if isinstance(error, UnidentifiedImageError):
+        return "no JPEG, PNG, WebP, BMP, TIFF or GIF image"
+    if isinstance(reason := getattr(error, "reason", None), OSError):  # URLError
+        return one_line(reason)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[:1].lower() + error.strerror[1:]
+    text = " ".join(str(error).split()).replace(": ", ", ").rstrip(".")
+    if isinstance(error, OSError | ValueError | Image.DecompressionBombError):
+        return text or type(error).__name__
+    return f"{type(error).__name__} ({text})" if text else type(error).__name__
+
+
+def explain(error: Exception) -> str:
+    """An exception as one line: what is wrong: the value: a hint."""
+    if isinstance(error, OSError) and error.errno is not None:
+        where = error.filename2 or error.filename or "output"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "free some space" if full else "check the path and its permissions"
+        return f"{error.strerror}: {where}: {hint}, or choose another --out"
+    return str(error)

@@ -1,0 +1,1 @@
+"""Data to paired batches: decoding, image sources, views of the same images."""

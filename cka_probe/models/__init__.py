@@ -1,0 +1,1 @@
+"""Names and files to networks with their weights and preprocessing."""

@@ -1,0 +1,1 @@
+"""One probe from options to report."""

@@ -1,0 +1,1 @@
+"""Accuracy, cost and batch norm statistics by image size."""

@@ -1,0 +1,1 @@
+"""The multi-scale network: policy, subnets, norms, building, checkpoints."""

@@ -1,0 +1,1 @@
+"""Suggesting where to cut, from a report."""
