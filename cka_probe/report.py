@@ -1,4 +1,4 @@
-"""Report: what a probe found. Numbers, the names that belong to them, and how they were made."""
+"""Report: the CKA of all layers in all views, with standard errors, names and provenance."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ _WHAT = ("cka", "stderr", "low", "high")
 class Report:
     """CKA between all entries, an entry being one layer in one view, with standard errors.
 
-    Checked when made: shapes, symmetry, a diagonal of 1 or nan, finite or nan, no entry twice.
-    Differences of rounding (up to 1e-9) are evened out; the arrays are copied and read-only.
-    Layers of one view stand in execution order. CKA itself is Kornblith et al. 2019, and a
-    debiased value may be below 0: it is kept.
+    Validated on creation: shapes, symmetry, a diagonal of 1 or nan, finite or nan, no entry twice.
+    Asymmetry of rounding (up to 1e-9) is averaged out; the arrays are copied and read-only. Layers
+    of one view are in execution order. CKA is that of Kornblith et al. 2019; a debiased value may
+    be below 0 and is kept.
 
     Attributes:
         cka: (m, m) float64, symmetric; diagonal exactly 1, or nan where a layer is constant.
         stderr: (m, m) float64 standard errors, nan where there were fewer than 2 groups.
         view: (m,) name of each entry's view.
         layer: (m,) name of each entry's layer.
-        meta: how it was made, as JSON would return it: tuples become lists, nan and infinity null.
-            Read here: "groups" (jackknife groups), "reference" (a view), "estimator", "kernel",
-            "n_images"; none of them has to be there.
+        meta: provenance, as JSON would return it: tuples become lists, nan and infinity null. Used
+            here: "groups" (jackknife groups), "reference" (a view), "estimator", "kernel",
+            "n_images"; all optional.
 
     Raises:
-        TypeError: for arrays that hold no numbers, names that are no text, meta that is no JSON.
-        ValueError: for anything else above that does not hold.
+        TypeError: arrays that hold no numbers, names that are no text, meta that is no JSON.
+        ValueError: any other of the conditions above fails.
     """
 
     cka: NDArray[np.float64]
@@ -103,7 +103,7 @@ class Report:
         return f"<Report of {len(self)} entries. {self.summary()}>"
 
     def _repr_html_(self) -> str:
-        # The one look up: showing itself needs plot (L2), and only when a notebook asks.
+        # Upwards, and only when a notebook asks: drawing needs matplotlib.
         from cka_probe.plot.figures import as_html
 
         return as_html(self)
@@ -117,7 +117,7 @@ class Report:
     def layers(self) -> list[str]:
         """The layers of all views in execution order, each once.
 
-        A layer that only a later view has goes after the layer before it in that view.
+        A layer that only a later view has is placed after its predecessor in that view.
         """
         merged: list[str] = []
         for view in self.views:
@@ -137,7 +137,7 @@ class Report:
 
     @property
     def reference(self) -> str:
-        """The view that others are held against: `meta["reference"]`, else the last one."""
+        """The view that others are compared with: `meta["reference"]`, else the last one."""
         return str(self.meta.get("reference") or self.views[-1])
 
     def interval(self, level: float = 0.95) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -176,11 +176,10 @@ class Report:
     def against(
         self, view: str | int | None = None, what: str = "cka", *, level: float = 0.95
     ) -> pd.DataFrame:
-        """Layers x views: each layer in each view held against the same layer in one view.
+        """Layers x views: CKA of each layer in each view with the same layer in one view.
 
         Args:
-            view: that view, 224 for "224"; None means the reference, which is the last view where
-                none is named.
+            view: that view, 224 for "224"; None is the reference (the last view if meta has none).
             what: "cka", "stderr", or "low" or "high" of the interval.
             level: coverage of the interval.
 
@@ -210,7 +209,7 @@ class Report:
         *,
         level: float = 0.95,
     ) -> pd.DataFrame:
-        """Layers x layers: the layers of one view held against the layers of another.
+        """Layers x layers: CKA of the layers of one view with the layers of another.
 
         Args:
             view_a: view of the rows. None, in a report of one or two views: the first.
@@ -226,7 +225,9 @@ class Report:
         """
         if view_a is None and len(self.views) > 2:
             known = ", ".join(map(repr, self.views))
-            raise ValueError(f"which views is open: {len(self.views)} views: name two of {known}")
+            raise ValueError(
+                f"no views named: the report has {len(self.views)}: name two of {known}"
+            )
         if view_b is None:
             view_b = self.views[-1] if view_a is None else view_a
         view_a = self._known(self.views[0] if view_a is None else view_a)
@@ -258,44 +259,22 @@ class Report:
         frame: pd.DataFrame = pd.DataFrame(columns)
         return frame
 
-    def summary(self, *, level: float = 0.95) -> str:
-        """Say in one sentence what was measured and where the representation moved furthest."""
-        told = [f"{self.meta['estimator']} estimator"] if self.meta.get("estimator") else []
-        told += [f"{self.meta['n_images']} images"] if self.meta.get("n_images") else []
-        kernel = {"linear": "Linear ", "rbf": "RBF "}.get(str(self.meta.get("kernel")), "")
-        how = f"{kernel}CKA ({', '.join(told)})" if told else f"{kernel}CKA"
-        layers, views = len(self.layers), len(self.views)
-        what = f"{layers} layer{'s' * (layers > 1)} in {views} view{'s' * (views > 1)}"
-        return f"{how} of {what}: {self._furthest(level)}."
+    def summary(self) -> str:
+        """What was measured, in one sentence, and the headline of `cka_probe.summary`."""
+        from cka_probe.summary import few_groups, headline  # upwards: they read a Report
 
-    def _furthest(self, level: float) -> str:
-        """The lowest value: of layers held against themselves, else of pairs of two views."""
-        reference, where = self.reference, self._where()
-        subject = "least alike are layer {1!r} in view {0!r} and {3!r} in {2!r}"
-        own = self.view == reference
-        if same_layers(self):
-            pairs = ((k, where.get((reference, name))) for (_, name), k in where.items())
-            cells = [(k, j) for k, j in pairs if j is not None and j != k]
-            subject = "layer {1!r} in view {0!r} is least like itself in {2!r}"
-        else:
-            upper = np.argwhere(np.triu(np.ones_like(self.cka), 1)).tolist()
-            cells = [(i, j) for i, j in upper if own[i] != own[j] or own.all()]
-        valid = [cell for cell in cells if not np.isnan(self.cka[cell])]
-        if not valid:
-            return "there is no pair with a value"
-        cell = min(valid, key=lambda cell: float(self.cka[cell]))
-        low, high = (values[cell] for values in self.interval(level))
-        ends = f"{100 * level:g} % interval {low:.3f} to {high:.3f}"
-        names = [str(name) for k in cell for name in (self.view[k], self.layer[k])]
-        said = f"{subject.format(*names)}, at {self.cka[cell]:.3f}"
-        said += " (no interval)" if np.isnan(low) else f" ({ends})"
-        lost = len(cells) - len(valid)
-        return f"{said}; {lost} of {len(cells)} values are nan" if lost else said
+        source = [f"{self.meta['estimator']} estimator"] if self.meta.get("estimator") else []
+        source += [f"{self.meta['n_images']} images"] if self.meta.get("n_images") else []
+        kernel = {"linear": "Linear ", "rbf": "RBF "}.get(str(self.meta.get("kernel")), "")
+        measure = f"{kernel}CKA ({', '.join(source)})" if source else f"{kernel}CKA"
+        layers, views = len(self.layers), len(self.views)
+        size = f"{layers} layer{'s' * (layers > 1)} in {views} view{'s' * (views > 1)}"
+        return " ".join([f"{measure} of {size}.", headline(self), *few_groups(self)])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one .npz, without pickle: cka, stderr, view, layer, meta (JSON text), format.
 
-        The name is taken as it is. The file is there whole or not at all.
+        The path is used as given, without a suffix added. The file is written whole or not at all.
 
         Raises:
             OSError: where the folder does not exist or cannot be written.
@@ -307,8 +286,8 @@ class Report:
         """Read what `save` wrote; nothing in the file is executed.
 
         Raises:
-            FileNotFoundError: where there is no such file.
-            ValueError: where it is no report, is damaged, or of a newer format.
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no report, is damaged, or of a newer format.
         """
         arrays, meta = load_npz(path, _ARRAYS, version=FORMAT)
         try:
@@ -331,10 +310,10 @@ class Report:
 
 
 def same_layers(report: Report) -> bool:
-    """Whether the views have (nearly) the same layers, so that each can be held against itself.
+    """Whether the views have (nearly) the same layers, so that each is compared with itself.
 
     False for a single view, and for two networks whose layers differ: there only pairs of layers
-    say something.
+    can be compared.
     """
     sets = {view: set(report.layers_of(view)) for view in report.views}
     own = sets.pop(report.reference)

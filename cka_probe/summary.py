@@ -1,4 +1,4 @@
-"""A report in words: what its numbers show, and what CKA cannot show."""
+"""A report in words: a headline, the counts behind it, and caveats."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 
 from cka_probe.report import Report, same_layers
 
-__all__ = ["LEVEL", "NAMED", "Cell", "absent", "cannot", "read_cells", "same_layers"]
-__all__ += ["lead", "listed", "remarks", "shortened", "shows"]
+__all__ = ["LEVEL", "MAX_NAMES", "MIN_GROUPS", "Cell", "caveats", "describe", "details"]
+__all__ += ["ellipsize", "few_groups", "headline", "join_names", "missing_cells", "read_cells"]
+__all__ += ["same_layers"]
 
-LEVEL = 0.95  # of every interval here
-_MARK = 0.9  # the similarity that intervals are held against
-NAMED = 12  # names in a list before "and N more"
+LEVEL = 0.95  # coverage of every interval here
+MAX_NAMES = 12  # names in a list before "and N more"
+MIN_GROUPS = 8  # below it Student's t is so wide, and the jackknife so noisy, that bars mislead
+_HIGH = 0.9  # the CKA that the counts of `details` are about
 
 
 class Cell(NamedTuple):
@@ -38,30 +40,32 @@ class Cell(NamedTuple):
         return f"CKA {_three(self.cka)}, {100 * LEVEL:g} % interval {ends}"
 
     @property
-    def one(self) -> str:
-        """The first entry in words."""
+    def first(self) -> str:
+        """The first entry: "LAYER in view VIEW"."""
         return f"{self.layer} in view {self.view}"
 
     @property
-    def other(self) -> str:
-        """The second entry in words."""
+    def second(self) -> str:
+        """The second entry: "LAYER in view VIEW"."""
         return f"{self.other_layer} in view {self.other_view}"
 
 
-def absent(report: Report, view: str | None = None) -> NDArray[np.bool_]:
-    """Where `report.against(view)` has no value to show: one of the two views lacks the layer."""
-    held = {name: set(report.layers_of(name)) for name in report.views}
-    own = held[report.reference if view is None else view]
-    rows = [[layer not in own & held[name] for name in report.views] for layer in report.layers]
+def missing_cells(report: Report, view: str | None = None) -> NDArray[np.bool_]:
+    """(layers, views) bool: where `report.against(view)` lacks the layer in one of its views."""
+    layers_of = {name: set(report.layers_of(name)) for name in report.views}
+    own = layers_of[report.reference if view is None else view]
+    rows = [
+        [layer not in own & layers_of[name] for name in report.views] for layer in report.layers
+    ]
     return np.array(rows)
 
 
 def read_cells(report: Report) -> list[Cell]:
-    """The values that are read.
+    """The values that the summary is about.
 
-    Layers held against themselves in the reference, layer by layer; where the views' layers differ
-    (see `same_layers`), all pairs of a layer of another view with one of the reference; in a single
-    view all pairs.
+    Each layer in each view against the same layer in the reference view, layer by layer. Where the
+    views' layers differ (see `same_layers`): all pairs of a layer of another view with a layer of
+    the reference view. In a report of one view: all pairs.
     """
     low, high = report.interval(LEVEL)
     at = {entry: k for k, entry in enumerate(zip(report.view, report.layer, strict=True))}
@@ -89,170 +93,142 @@ def read_cells(report: Report) -> list[Cell]:
     ]
 
 
-def shows(report: Report) -> str:
-    """What the numbers show: the one sentence of `lead`, then `remarks`, a line each."""
-    return "\n".join([lead(report), *remarks(report)])
+def describe(report: Report) -> str:
+    """The headline, the details and a warning of few groups, a line each."""
+    return "\n".join([headline(report), *details(report), *few_groups(report)])
 
 
-def lead(report: Report) -> str:
-    """What the numbers show in one plain sentence: which layers move most, where, to what value.
+def headline(report: Report) -> str:
+    """What the numbers show in one sentence of at most 20 words (names not counted).
 
-    Layers whose intervals reach into that of the lowest value are named with it. Where the views
-    have no layers in common: the most alike pair.
+    The layer that changes most, where, and its CKA. Where the views have no layers in common: the
+    most alike pair.
     """
     valid = [cell for cell in read_cells(report) if not math.isnan(cell.cka)]
     if not valid:
         return "There is no value to read: the report has no pair of layers that both vary."
     if not same_layers(report):
         most = max(valid, key=lambda cell: cell.cka)
-        count = f"Of {len(valid)} pairs of layers, " if len(valid) > 1 else ""
-        pair = f"{most.one} and {most.other}"
-        alike = "are the most alike, with" if count else "have"
-        return f"{count}{pair} {alike} a CKA of {_three(most.cka)}."
+        if len(valid) == 1:
+            return f"{most.first} and {most.second} have a CKA of {_three(most.cka)}."
+        return (
+            f"Most alike of {len(valid)} pairs of layers: {most.first} and {most.second}, "
+            f"with a CKA of {_three(most.cka)}."
+        )
     least = min(valid, key=lambda cell: cell.cka)
     if _three(least.cka) == "1.000":
-        return f"No layer moves: the lowest CKA with view {report.reference} is 1.000."
-    names = [least.layer, *(c.layer for c in _rivals(valid, least) if c.view == least.view)]
-    what = f"{listed(names)} move" if len(names) > 1 else f"{least.layer} moves"
-    own = f"the CKA of {least.layer}" if len(names) > 1 else "its CKA"
-    if len(names) > 3:
-        what = f"{len(names)} layers, {least.layer} among them, move"
-    there, here = _place(least.view), _place(report.reference)
-    there = there[:1].upper() + there[1:]
-    return f"{there}, {what} most: {own} with itself {here} is {_three(least.cka)}."
+        return f"No layer changes: the lowest CKA with view {report.reference} is 1.000."
+    where, reference = _place(least.view), _place(report.reference)
+    return (
+        f"{where[:1].upper()}{where[1:]}, {least.layer} changes most: its CKA with itself "
+        f"{reference} is {_three(least.cka)}."
+    )
 
 
-def remarks(report: Report) -> list[str]:
-    """What else the numbers show, in sentences that say no more than the intervals allow.
-
-    Held against the reference: whether the intervals settle which value is the least, and for which
-    layers a CKA of 0.9 is ruled out. Where the views have no layers in common: the most and the
-    least alike pair. Then what a negative value, nan or the lack of intervals means.
-    """
+def details(report: Report) -> list[str]:
+    """Up to three lines behind the headline: the extreme with its interval, counts, odd values."""
     cells = read_cells(report)
     valid = [cell for cell in cells if not math.isnan(cell.cka)]
     if not valid:
         return []
-    told = _least(report, valid) if same_layers(report) else _extremes(report, valid)
-    if all(math.isnan(cell.low) for cell in valid):
-        told.append("There are no error bars (fewer than two groups of images), so differences "
-                    "between values may be chance.")  # fmt: skip
-    elif same_layers(report):
-        told.append(" ".join(_ruled_out(report, valid)))
-    if any(cell.cka < 0 for cell in valid):
-        told.append(
-            "A true CKA is never below 0: the debiased estimate of one near 0 falls on both sides."
+    lines = [_lowest(valid) if same_layers(report) else _extremes(valid)]
+    known = [cell for cell in valid if not math.isnan(cell.low)]
+    if known and same_layers(report):
+        above, below = (sum(f(c) for c in known) for f in (_is_above, _is_below))
+        lines.append(
+            f"Of {len(known)} values, by their intervals: {above} above {_HIGH}, {below} below, "
+            f"{len(known) - above - below} undecided."
         )
-    if len(valid) < len(cells):
-        lost = len(cells) - len(valid)
-        told.append(
-            f"{lost} of {len(cells)} values are nan: features that do not vary above rounding."
-        )
-    return told
+    odd = []
+    if negative := sum(cell.cka < 0 for cell in valid):
+        odd.append(f"{negative} below 0: unbiased estimates of a CKA near 0.")
+    if lost := len(cells) - len(valid):
+        odd.append(f"{lost} of {len(cells)} values are nan: features constant up to rounding.")
+    return lines + ([" ".join(odd)] if odd else [])
 
 
-def cannot(report: Report) -> str:
-    """What CKA cannot show, whatever the numbers are."""
+def few_groups(report: Report) -> list[str]:
+    """One line if the intervals rest on too few groups of images, or on none; else no line."""
+    groups = int(report.meta.get("groups") or 0)
+    if groups >= MIN_GROUPS:
+        return []
+    if groups < 2:
+        return ["There are no intervals: fewer than 2 groups of images. Differences may be chance."]
+    return [
+        f"Only {groups} groups of images: the intervals are unreliable. Use {MIN_GROUPS} groups or "
+        "more: more images, or smaller batches."
+    ]
+
+
+def caveats(report: Report) -> list[str]:
+    """What the numbers cannot show, a sentence or two a line."""
     n = report.meta.get("n_images")
     images = f"these {n} images" if n else "these images"
-    return (
-        f"CKA compares how a layer arranges {images}, chiefly along the directions in which its "
-        "features vary most. It cannot show whether the network still works: a layer with a high "
-        "value may have lost a faint feature that later layers need, and one with a low value may "
-        "serve them as well as before; accuracy has to be measured. The intervals tell how the "
-        "values would scatter with other images of this kind, not with another network or other "
-        "data, and each holds by itself: about one in twenty misses."
-    )
-
-
-def shortened(name: str, most: int = 30) -> str:
-    """A name with its middle left out where it is longer than `most` characters."""
-    return name if len(name) <= most else f"{name[: (most - 1) // 2]}…{name[-(most // 2) :]}"
-
-
-def _three(value: float) -> str:
-    return f"{round(value, 3) + 0.0:.3f}"  # no -0.000
-
-
-def _least(report: Report, cells: Sequence[Cell]) -> list[str]:
-    """The layer least like itself, and whether the intervals settle that."""
-    least = min(cells, key=lambda cell: cell.cka)
-    told = f"Least like itself in view {report.reference} is {least.one} ({least})"
-    if math.isnan(least.high) or len(cells) == 1:
-        return [told + "."]
-    rivals = _rivals(cells, least)
-    if not rivals:
-        return [told + "; the intervals of all others lie above its own."]
-    if len(rivals) == 1:
-        return [f"{told}, but the interval of {rivals[0].one} reaches into its own."]
-    return [f"{told}, but the intervals of {len(rivals)} other values reach into its own, so "
-            "which is lowest is open."]  # fmt: skip
-
-
-def _rivals(cells: Sequence[Cell], least: Cell) -> list[Cell]:
-    """The values whose intervals reach into that of the least; none where it has no interval."""
     return [
-        cell
-        for cell in cells
-        if cell is not least and (cell.cka if math.isnan(cell.low) else cell.low) <= least.high
+        *few_groups(report),
+        f"CKA compares how a layer arranges {images}, mainly along the directions in which its "
+        "features vary most.",
+        "It cannot show whether the network still works: measure accuracy for that.",
+        "The intervals describe other images of this kind, not other data or another training run. "
+        "Each holds by itself: about one in twenty misses.",
     ]
 
 
-def _place(view: str) -> str:
-    """Where a layer is looked at: a view that is named by a number is a size."""
-    return f"at {view} px" if view.isdecimal() else f"in view {view}"
+def ellipsize(name: str, limit: int = 30) -> str:
+    """A name with its middle left out if it is longer than `limit` characters."""
+    return name if len(name) <= limit else f"{name[: (limit - 1) // 2]}…{name[-(limit // 2) :]}"
 
 
-def _extremes(report: Report, cells: Sequence[Cell]) -> list[str]:
-    most, least = (pick(cells, key=lambda cell: cell.cka) for pick in (max, min))
-    if len(cells) == 1:
-        return [f"There is one pair: {most.one} and {most.other} ({most})."]
-    return [
-        f"Of {len(cells)} pairs of layers, most alike are {most.one} and {most.other} ({most}), "
-        f"least alike {least.one} and {least.other} ({least}); picked as extremes, both are "
-        "likely to be a little exaggerated."
-    ]
-
-
-def _ruled_out(report: Report, cells: Sequence[Cell]) -> list[str]:
-    """For which layers the interval excludes the mark, view by view."""
-    below = [cell for cell in cells if cell.high < _MARK]
-    views = [view for view in report.views if view != report.reference]
-    said: dict[str, list[str]] = {}
-    for view in views:
-        here = [cell.layer for cell in below if cell.view == view]
-        total = sum(cell.view == view for cell in cells)
-        names = f"{listed(here)}" if len(here) <= 3 else f"{len(here)} of {total} layers"
-        if total:
-            every = "both" if total == 2 else f"all {total}"
-            phrase = f"{every} layers" if len(here) == total > 1 else names or "no layer"
-            said.setdefault(phrase, []).append(view)
-    if len(said) > 8:
-        said = {f"{len(below)} of {len(cells)} values": []}
-    parts = [
-        f"{what} in view{'s' * (len(where) > 1)} {listed(where)}" if where else what
-        for what, where in said.items()
-    ]
-    above = sum(cell.low > _MARK for cell in cells)
-    rest = len(cells) - above - len(below)
-    told = [f"A CKA of {_MARK} is ruled out, the whole interval lying below it, for "
-            f"{'; for '.join(parts)}."]  # fmt: skip
-    undecided = f"does not decide for {rest} value{'s' * (rest > 1)}"
-    if above:
-        told.append(
-            f"The interval lies wholly above {_MARK} for {above} other value{'s' * (above > 1)}"
-            + (f" and {undecided}." if rest else ".")
-        )
-    elif rest:
-        told.append(f"The interval {undecided}.")
-    return told
-
-
-def listed(values: Any) -> str:
-    """Names in a row; of many the first few and how many more. A mapping: name (value)."""
+def join_names(values: Any) -> str:
+    """Names in a row, "a, b and c", or the first and how many more; a mapping: name (value)."""
     if isinstance(values, Mapping):
         values = [f"{name} ({value})" for name, value in values.items()]
     names = [str(value) for value in values or []]
-    if len(names) > NAMED:
-        return f"{', '.join(names[:NAMED])} and {len(names) - NAMED} more"
+    if len(names) > MAX_NAMES:
+        return f"{', '.join(names[:MAX_NAMES])} and {len(names) - MAX_NAMES} more"
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _three(value: float) -> str:
+    return f"{round(value, 3) + 0.0:.3f}"  # + 0.0: never -0.000
+
+
+def _is_above(cell: Cell) -> bool:
+    return cell.low > _HIGH
+
+
+def _is_below(cell: Cell) -> bool:
+    return cell.high < _HIGH
+
+
+def _place(view: str) -> str:
+    """Where a layer was recorded: a view that is named by a number is a size."""
+    return f"at {view} px" if view.isdecimal() else f"in view {view}"
+
+
+def _lowest(cells: Sequence[Cell]) -> str:
+    """The lowest value, and whether its interval sets it apart from the others."""
+    least = min(cells, key=lambda cell: cell.cka)
+    line = f"Lowest: {least.first} ({least})"
+    if math.isnan(least.high) or len(cells) == 1:
+        return f"{line}."
+    # A value without an interval of its own overlaps if it lies in the interval of the lowest.
+    overlap = sum(
+        (cell.cka if math.isnan(cell.low) else cell.low) <= least.high
+        for cell in cells
+        if cell is not least
+    )
+    if not overlap:
+        return f"{line}; no other interval overlaps."
+    return f"{line}; {overlap} other interval{'s overlap' if overlap > 1 else ' overlaps'}."
+
+
+def _extremes(cells: Sequence[Cell]) -> str:
+    """The most and the least alike pair of layers."""
+    most, least = (pick(cells, key=lambda cell: cell.cka) for pick in (max, min))
+    if len(cells) == 1:
+        return f"One pair: {most.first} and {most.second} ({most})."
+    return (
+        f"Most alike: {most.first} and {most.second} ({most}). "
+        f"Least alike: {least.first} and {least.second} ({least})."
+    )

@@ -11,7 +11,7 @@ import msun
 from cka_probe import Report
 from cka_probe.cli.main import main as cka_probe_main
 from cka_probe.inputs.glyphs import CLASSES
-from cka_probe.summary import shows
+from cka_probe.summary import describe
 from msun.cli import demo_run as room
 from msun.cli.main import main as msun_main
 
@@ -41,7 +41,7 @@ def test_cka_probe_demo(tmp_path, capsys):
     assert report.meta["reference"] == "64"
     assert np.isfinite(report.cka).all()
     text = capsys.readouterr().out
-    assert shows(report) in text
+    assert describe(report) in text
     for layer in set(report.layer):
         assert layer in text
 

@@ -43,8 +43,8 @@ MAY_IMPORT = {
         "__main__": "cli",
     },
 }  # fmt: skip
-# A report draws itself in a notebook: the one import upwards, inside the methods that draw.
-UPWARDS = {("report", "plot"), ("report", "html")}
+# A report draws and describes itself: the imports upwards, inside the methods that do.
+UPWARDS = {("report", "plot"), ("report", "html"), ("report", "summary")}
 WARN_LINES = 400
 
 

@@ -29,7 +29,7 @@ from cka_probe.probing.api import probe
 from cka_probe.probing.choose import AUTO
 from cka_probe.probing.forecast import estimate
 from cka_probe.report import Report
-from cka_probe.summary import shows
+from cka_probe.summary import describe
 
 DEMO_SIDES = (8, 12, 16, 24, 32, 48, 64)
 KINDS = ("heatmap", "curve", "grid")
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
             left_out(report)
     if talks(args):
         table(report)
-        print(shows(report))
+        print(describe(report))
         wrote(folder, ("heatmap", "curve"))
 
 
@@ -100,7 +100,7 @@ def demo(args: argparse.Namespace) -> None:
             return
         write(_described(report, about), folder, ("heatmap", "curve"))
     table(report)
-    print(shows(report))
+    print(describe(report))
     wrote(folder, ("heatmap", "curve"))
 
 

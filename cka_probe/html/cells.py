@@ -1,4 +1,4 @@
-"""The page's tables of coloured cells, their colours and the key to them."""
+"""The page's tables of coloured cells, their colours and the colour bar."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.colors import to_hex, to_rgb
 
-from cka_probe.summary import shortened
+from cka_probe.plot.colours import black_reads_better
+from cka_probe.summary import ellipsize
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["NUMBERED", "TINY", "cells_html", "colours_css", "key_html", "number"]
 
-NUMBERED = 14  # columns of a grid whose cells have room for numbers
+NUMBERED = 14  # most columns of a grid whose cells have space for numbers
 _BLANK = '<td class="none"></td>'  # a view lacks the layer
-TINY = 40  # columns beyond which every second name is left out
+TINY = 40  # more columns than that: every second label is left out
 
 
 def cells_html(
@@ -31,7 +32,7 @@ def cells_html(
     reference: str = "",
     blank: NDArray[np.bool_] | None = None,
 ) -> str:
-    """A table of coloured cells from (cka, low, high), each (rows, columns), empty where blank."""
+    """A table of coloured cells from the frames (cka, low, high); empty cells where `blank`."""
     values, low, high = (frame.to_numpy() for frame in frames)  # (rows, columns)
     rows, columns = (list(axis) for axis in (frames[0].index, frames[0].columns))
     numbered = name == "heatmap" or len(columns) <= NUMBERED
@@ -60,7 +61,7 @@ def cells_html(
 
 
 def _named(name: str, most: int) -> str:
-    return f'data-n="{escape(name)}"><span>{escape(shortened(name, most))}</span>'
+    return f'data-n="{escape(name)}"><span>{escape(ellipsize(name, most))}</span>'
 
 
 def _cell(value: float, low: float, high: float, *, numbered: bool) -> str:
@@ -72,7 +73,7 @@ def _cell(value: float, low: float, high: float, *, numbered: bool) -> str:
 
 
 def number(value: float, decimals: int = 4) -> str:
-    """A number as it stands on the page, "nan" included; never -0.000."""
+    """A number as the page shows it, "nan" included; never -0.000."""
     return f"{round(value, decimals) + 0.0:.{decimals}f}"
 
 
@@ -82,7 +83,7 @@ def _shade(value: float) -> int:
 
 
 def key_html(values: NDArray[np.float64]) -> str:
-    """The key to the colours, with a word on what is below 0 or nan where there is such a value."""
+    """The colour bar, with a note on values below 0 and nan if there are any."""
     low = "<span>below 0 has the colour of 0</span>" if (values < 0).any() else ""
     lost = '<span class="nan">nan</span><span>features that do not vary</span>'
     return f"""<p class="key"><span>0</span><i class="bar"></i><span>1</span>{low}
@@ -90,17 +91,11 @@ def key_html(values: NDArray[np.float64]) -> str:
 
 
 def colours_css() -> str:
-    """Style of the 101 colours of CKA 0 to 1 (viridis, the same in light and dark)."""
+    """CSS of the 101 colours of CKA 0 to 1 (viridis, the same in light and dark mode)."""
     shades = [to_hex(mpl.colormaps["viridis"](k / 100)) for k in range(101)]
+    blacks = black_reads_better([to_rgb(shade) for shade in shades]).tolist()
     rules = [
-        f".b{k}{{background:{shade};color:{'#000' if _bright(shade) else '#fff'}}}"
-        for k, shade in enumerate(shades)
+        f".b{k}{{background:{shade};color:{'#000' if black else '#fff'}}}"
+        for k, (shade, black) in enumerate(zip(shades, blacks, strict=True))
     ]
     return "".join([*rules, f".bar{{background:linear-gradient(90deg,{','.join(shades[::5])})}}"])
-
-
-def _bright(colour: str) -> bool:
-    """Whether black reads better than white on a colour (WCAG 2 luminance)."""
-    channels = np.array(to_rgb(colour))
-    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-    return bool(linear @ [0.2126, 0.7152, 0.0722] > 0.179)

@@ -1,7 +1,7 @@
-"""The page's curve: CKA along the layers as SVG that stretches to any width without a script.
+"""The page's curve: CKA along the layers as SVG that scales to any width without a script.
 
-The drawing is 1000 x 1000 units stretched to its box, strokes keeping their width; the lettering
-is HTML placed in per cent, so that it stays readable on a telephone.
+The drawing is 1000 x 1000 units scaled to its box, with strokes of constant width. The text is HTML
+placed in per cent, so that it stays readable on a phone.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.colors import to_hex
 
-from cka_probe.summary import LEVEL, shortened
+from cka_probe.summary import LEVEL, ellipsize
 
 if TYPE_CHECKING:
     from cka_probe.report import Report
 
 __all__ = ["curve_html"]
 
-_DESK, _PHONE = 42, 14  # names of layers that fit side by side, slanted
-_ROW_PX = 22  # of a name in the legend
+_DESK, _PHONE = 42, 14  # slanted layer names that fit side by side on a desktop, on a phone
+_ROW_PX = 22  # height of a row of the legend
 
 
-# Okabe and Ito 2008, those that show on white and on black; the sky blue and orange darkened.
+# Okabe and Ito 2008, the colours that show on white and on black; sky blue and orange darkened.
 _PLAIN = ("#0f7fc4", "#d55e00", "#009e73", "#cc79a7", "#c98a00", "#7f7f7f")
 
 
 def curve_html(report: Report) -> str:
-    """A line for each view but the reference, in a band of its 95 % interval.
+    """A line with a 95 % interval band for each view but the reference.
 
-    A value that is nan leaves a gap. The legend's names stand where their lines end.
+    A value that is nan leaves a gap. Each name of the legend stands at the end of its line.
 
     Args:
-        report: one whose views share their layers.
+        report: a report whose views share their layers.
 
     Returns:
-        HTML: the plot (`.plot`), the legend (`.legend`, buttons that the page's script brings to
-        life) and the names of the layers.
+        HTML: the plot (`.plot`), the legend (`.legend`, buttons that the page's script handles) and
+        the names of the layers.
     """
     table = report.against()
     ends = [report.against(what=what, level=LEVEL) for what in ("low", "high")]
@@ -77,11 +77,11 @@ def curve_html(report: Report) -> str:
     places = _spread([y(1), *map(y, last)], 1000 * _ROW_PX / height_px)
     names = [
         f'<span class="ref" style="top:{places[0] / 10:.1f}%" title="{escape(report.reference)}">'
-        f"{escape(shortened(report.reference, 14))}</span>",
+        f"{escape(ellipsize(report.reference, 14))}</span>",
         *(
             f'<button type="button" class="s" data-s="{k}" data-n="{escape(view)}" '
             f'title="{escape(view)}" aria-pressed="true" '
-            f'style="top:{place / 10:.1f}%;{colour}">{escape(shortened(view, 14))}</button>'
+            f'style="top:{place / 10:.1f}%;{colour}">{escape(ellipsize(view, 14))}</button>'
             for k, (view, place, colour) in enumerate(zip(others, places[1:], colours, strict=True))
         ),
     ]
@@ -98,18 +98,18 @@ def curve_html(report: Report) -> str:
 
 
 def _axis(layers: Sequence[str], x: Sequence[float]) -> str:
-    """Names below, every k-th where there are many and fewer of those on a telephone."""
+    """Layer names below the axis, every k-th where there are many, fewer on a phone."""
     desk = math.ceil(len(layers) / _DESK)
     phone = desk * math.ceil(len(layers) / desk / _PHONE)
     return "".join(
         f'<span class="x{" desk" if k % phone else ""}" style="left:{x[k] / 10:.2f}%" '
-        f'title="{escape(layers[k])}">{escape(shortened(layers[k], 18))}</span>'
+        f'title="{escape(layers[k])}">{escape(ellipsize(layers[k], 18))}</span>'
         for k in range(0, len(layers), desk)
     )
 
 
 def _line(x: Sequence[float], y: Sequence[float]) -> str:
-    """A path that is broken where y is nan."""
+    """An SVG path with gaps where y is nan."""
     steps = []
     for k, (across, down) in enumerate(zip(x, y, strict=True)):
         if not math.isnan(down):
@@ -118,7 +118,7 @@ def _line(x: Sequence[float], y: Sequence[float]) -> str:
 
 
 def _band(x: Sequence[float], low: Sequence[float], high: Sequence[float]) -> str:
-    """A closed path around each run of intervals; of a single one its vertical line is left."""
+    """A closed path around each run of intervals; a run of one is a vertical line."""
     steps, k = [], 0
     while k < len(x):
         run = [j for j in takewhile(lambda j: not math.isnan(low[j]), range(k, len(x)))]
@@ -131,7 +131,7 @@ def _band(x: Sequence[float], low: Sequence[float], high: Sequence[float]) -> st
 
 
 def _spread(places: Sequence[float], gap: float) -> list[float]:
-    """The places moved as little as keeps them `gap` apart and between 0 and 1000."""
+    """Positions moved as little as needed to be `gap` apart and within 0..1000."""
     order = np.argsort(places, kind="stable")
     spread = [places[k] for k in order]
     for k in range(1, len(spread)):
@@ -144,7 +144,7 @@ def _spread(places: Sequence[float], gap: float) -> list[float]:
 
 
 def _colours(views: Sequence[str]) -> list[tuple[str, str]]:
-    """For each view a colour on white and one on black: by rank where views are sizes."""
+    """For each view a colour on white and one on black; ordered by size where views are sizes."""
     try:
         rank = np.argsort(np.argsort([float(view) for view in views]))
     except ValueError:

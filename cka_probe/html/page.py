@@ -1,8 +1,8 @@
-"""Page: a report as one HTML file that needs nothing else: no network, and no script for the most.
+"""A report as one self-contained HTML page: no network, and readable without JavaScript.
 
-Every number on it is the report's, rounded: to three decimals in a cell, to four where it is
-pointed at and in the table. The values of all pairs are packed as integers, which the page's own
-script unpacks. Markup, style and script lie in `assets/`.
+Numbers are rounded: to three decimals in a cell, to four in the tooltip and the table. The values
+of all pairs are packed as integers, which the page's own script unpacks. Markup, style and script
+are files in `assets/`.
 """
 
 from __future__ import annotations
@@ -22,42 +22,42 @@ import numpy as np
 
 from cka_probe.html.cells import NUMBERED, TINY, cells_html, colours_css, key_html, number
 from cka_probe.html.curve import curve_html
-from cka_probe.html.provenance import facts
+from cka_probe.html.provenance import provenance_lines
 from cka_probe.io import replacing
 from cka_probe.summary import (
     LEVEL,
     Cell,
-    absent,
-    cannot,
-    lead,
+    caveats,
+    details,
+    headline,
+    missing_cells,
     read_cells,
-    remarks,
     same_layers,
 )
 
 if TYPE_CHECKING:
     from cka_probe.report import Report
 
-__all__ = ["LIMIT_BYTES", "page", "save_page"]
+__all__ = ["LIMIT_BYTES", "render_page", "save_page"]
 
 LIMIT_BYTES = 2_000_000
-_STATIC_CELLS = 1600  # of a grid that stands in the file itself, for readers without JavaScript
-_MOST_PAIRS = 700_000  # more cannot fit the limit: not tried
-_NAN = 2**32 - 1
-_WORDS = {"all": "", "reference": " Too many pairs for one file of 2 MB: here are those with view "
+_STATIC_CELLS = 1600  # largest grid that is written as HTML, for readers without JavaScript
+_MOST_PAIRS = 700_000  # more pairs do not fit the limit even when compressed
+_NAN = 2**32 - 1  # the packed integer that stands for nan
+_NOTES = {"all": "", "reference": " Too many pairs for one file of 2 MB: here are those with view "
           "{}; report.npz and cka.csv hold all.", "none": ""}  # fmt: skip
 
 
-def page(report: Report) -> str:
-    """One self-contained HTML page: reading, heatmap, curve, grid of any two views, table, origin.
+def render_page(report: Report) -> str:
+    """One self-contained HTML page: summary, heatmap, curve, grid of two views, table, provenance.
 
-    Heatmap and curve are left out where the views' layers differ (two networks): only the grid
-    says something there, and the table names the most alike layer. A page is kept under 2 MB: of a
-    report too large for that (some 850 layers x views) only pairs with the reference view are in
-    the grid, or, beyond some 1,600, none; the page says so. Without the grid it holds to 7,000.
+    Where the views' layers differ (two networks), there is no heatmap and no curve, and the table
+    names the most alike layer. A page is kept under 2 MB: of a larger report (some 850 layers x
+    views) the grid holds only pairs with the reference view, beyond some 1,600 none, and the page
+    says so. Without a grid, 7,000 layers x views fit.
 
     Args:
-        report: what to show.
+        report: the report to show.
 
     Returns:
         The HTML. All names in it are escaped, and its content security policy forbids it to load
@@ -76,17 +76,17 @@ def page(report: Report) -> str:
 
 
 def save_page(report: Report, path: str | os.PathLike[str]) -> None:
-    """Write `page(report)` to a file, whole or not at all.
+    """Write the page of a report to a file, whole or not at all.
 
     Raises:
         OSError: where the folder does not exist or cannot be written.
     """
     with replacing(path) as temporary:
-        temporary.write_text(page(report), encoding="utf-8", newline="\n")
+        temporary.write_text(render_page(report), encoding="utf-8", newline="\n")
 
 
 def _page(report: Report, kept: str) -> str:
-    """The page with all pairs, those with the reference, or none."""
+    """The page with `kept` pairs in its grid: "all", "reference" (pairs with it) or "none"."""
     cells, same = read_cells(report), same_layers(report)
     model, data = _title(report)
     sections = [_heatmap(report), _curve(report)] if same else []
@@ -96,13 +96,13 @@ def _page(report: Report, kept: str) -> str:
         "css": _asset("page.css") + colours_css(),
         "heading": escape(model or "CKA report"),
         "subtitle": escape(_subtitle(report, data)),
-        "lead": escape(lead(report)),
-        "remarks": "".join(f"<p class=remark>{escape(line)}</p>\n" for line in remarks(report)),
-        "cannot": escape(cannot(report)),
+        "headline": escape(headline(report)),
+        "details": "".join(f"<p class=detail>{escape(line)}</p>\n" for line in details(report)),
+        "caveats": "".join(f"<p class=caveat>{escape(line)}</p>\n" for line in caveats(report)),
         "sections": "\n".join(sections),
         "provenance": "".join(
             f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>\n"
-            for name, value in facts(report)
+            for name, value in provenance_lines(report)
         ),
         "data": _json(report, kept),
         "pairs": _pairs(report, kept),
@@ -118,7 +118,7 @@ def _asset(name: str) -> str:
 
 
 def _title(report: Report) -> tuple[str, str]:
-    """What was probed and on what data, as far as meta tells."""
+    """(names of the networks, name of the data), as far as meta holds them."""
     models = [value for key, value in report.meta.items() if key.split()[0:1] == ["model"]]
     names = [str(model["name"]) for model in models if isinstance(model, dict) and "name" in model]
     run = report.meta.get("run")
@@ -129,7 +129,7 @@ def _title(report: Report) -> tuple[str, str]:
 
 
 def _subtitle(report: Report, data: str) -> str:
-    """In one line: the measure, the images, the size."""
+    """One line: the measure, the images, how many layers and views."""
     meta = report.meta
     kernel = {"linear": "Linear", "rbf": "RBF"}.get(str(meta.get("kernel")), "")
     n = f"{meta['n_images']:,} images" if isinstance(meta.get("n_images"), int) else ""
@@ -142,14 +142,14 @@ def _subtitle(report: Report, data: str) -> str:
 
 def _heatmap(report: Report) -> str:
     frames = [report.against(what=what, level=LEVEL) for what in ("cka", "low", "high")]
-    lacking, label = absent(report), "CKA of each layer in each view"
-    table = cells_html(frames, "heatmap", label, report.reference, lacking)
+    missing, label = missing_cells(report), "CKA of each layer in each view"
+    table = cells_html(frames, "heatmap", label, report.reference, missing)
     return f"""<section id="heat"><h2>Layers by views</h2>
-<p class="note">Each layer in each view, held against the same layer in view
-{escape(report.reference)}. 1 is the same arrangement of the images up to rotation and scale, 0 is
-nothing in common.<span class="js-only"> Point at a cell, or walk with the arrow keys, for its
+<p class="note">CKA of each layer in each view with the same layer in view
+{escape(report.reference)}. 1: the images are arranged alike, up to rotation and scale.
+0: nothing in common.<span class="js-only"> Point at a cell, or use the arrow keys, for its
 {100 * LEVEL:g} % interval.</span></p>
-{key_html(report.against().to_numpy()[~lacking])}
+{key_html(report.against().to_numpy()[~missing])}
 <div class="scroll">{table}</div></section>"""
 
 
@@ -162,7 +162,7 @@ off and on.</span></p>
 
 
 def _grid(report: Report, kept: str) -> str:
-    """The grid of two views: the first of others with the reference, until the reader chooses."""
+    """The grid of two views; at first, the first other view against the reference."""
     views, reference = report.views, report.reference
     rows = next((view for view in views if view != reference), reference)
     columns = reference
@@ -188,18 +188,18 @@ def _grid(report: Report, kept: str) -> str:
         for name, key, chosen in (("Rows", "rows", rows), ("columns", "columns", columns))
     ]
     chooser = f'<p class="js-only choose">{" ".join(choices)}</p>' if kept != "none" else ""
-    told = _WORDS[kept].format(escape(reference))
+    note = _NOTES[kept].format(escape(reference))
     single = len(views) == 1
     return f"""<section id="pairwise"><h2>Layers by layers</h2>
-<p class="note">Every layer of one view held against every layer of
+<p class="note">CKA of every layer of one view with every layer of
 {"the same" if single else "another"}. Rows: view <b id="of-rows">{escape(rows)}</b>; columns: view
-<b id="of-columns">{escape(columns)}</b>.{told}</p>
+<b id="of-columns">{escape(columns)}</b>.{note}</p>
 {chooser}{"" if same_layers(report) else key_html(frames[0].to_numpy())}
 <div class="scroll">{table or missing}</div></section>"""
 
 
 def _table(report: Report, cells: Sequence[Cell], *, same: bool) -> str:
-    """One row for each layer in each view but the reference; of differing layers the most alike."""
+    """A row for each layer in each view but the reference; where layers differ, the most alike."""
     if not same:
         best: dict[tuple[str, str], Cell] = {}
         turned = [Cell(c.other_view, c.other_layer, c.view, c.layer, *c[4:]) for c in cells]
@@ -225,9 +225,9 @@ def _table(report: Report, cells: Sequence[Cell], *, same: bool) -> str:
         for k, head in enumerate(heads)
     )
     what = (
-        f"Each layer held against itself in view {escape(report.reference)}"
+        f"CKA of each layer with itself in view {escape(report.reference)}"
         if same
-        else f"Each layer and the most alike one of view {escape(report.reference)}"
+        else f"CKA of each layer with the most alike one of view {escape(report.reference)}"
     )
     return f"""<section id="numbers"><h2>Numbers</h2>
 <p class="note">{what}; low and high end the {100 * LEVEL:g} % interval.<span class="js-only">
@@ -239,7 +239,7 @@ placeholder="layer or view"></label> <output id="count" aria-live="polite"></out
 
 
 def _json(report: Report, kept: str) -> str:
-    """Names and entries for the script; "<" is written so that no name can end the element."""
+    """Names and entries for the script; "<" is escaped so that no name can end the element."""
     layers = {layer: k for k, layer in enumerate(report.layers)}
     views = {view: k for k, view in enumerate(report.views)}
     data: dict[str, Any] = {

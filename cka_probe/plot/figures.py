@@ -1,11 +1,12 @@
-"""Pictures of a report: heatmap, curve, grid.
+"""Figures of a report: heatmap, curve, grid.
 
 Each function draws into `ax` and returns it; none shows or saves. Without `ax` it makes a figure
-through pyplot, sized to the report, because that is what a notebook displays by itself; with `ax`
-pyplot is not touched. Give axes of a figure with `layout="constrained"`: names take room beside
-them. Colours are colour-blind safe and fixed to CKA 0..1, so that two pictures compare; a negative
-value has the colour of 0 and keeps its number; nan is grey, hatched and says so; the cell of a
-layer that a view lacks is blank.
+through pyplot, sized to the report, which a notebook displays by itself; with `ax` pyplot is not
+touched. Give axes of a figure with `layout="constrained"`, so that labels have space.
+
+Colours are colour-blind safe and fixed to CKA 0..1, so that two figures compare. A negative value
+has the colour of 0 and keeps its number; nan is grey and hatched; the cell of a layer that a view
+lacks is blank.
 """
 
 from __future__ import annotations
@@ -29,8 +30,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from cka_probe.io import replacing
-from cka_probe.plot.labels import FONT, annotate, room_in, row_in, settle, shown, whole
-from cka_probe.summary import absent, same_layers
+from cka_probe.plot.labels import (
+    FONT,
+    annotate,
+    label_axes,
+    labels_width_in,
+    root_figure,
+    row_height_in,
+    unique_labels,
+)
+from cka_probe.summary import missing_cells, same_layers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +52,7 @@ __all__ = ["as_html", "curve", "grid", "heatmap", "save_figure"]
 
 _SUFFIXES = (".png", ".pdf", ".svg")
 MARKERS = "osDv^PX*"
-_made: WeakSet[Figure] = WeakSet()  # figures that this room made, for save_figure to close
+_made: WeakSet[Figure] = WeakSet()  # figures made here, which save_figure closes
 
 
 def heatmap(
@@ -54,17 +63,16 @@ def heatmap(
     level: float = 0.95,
     colorbar: bool = True,
 ) -> Axes:
-    """Layers x views: how far each layer moves from what it is in one view.
+    """Layers x views: CKA of each layer in each view with the same layer in one view.
 
-    A cell holds the CKA of a layer in its column's view with the same layer in `view`, and where
-    there is room half the width of its confidence interval.
+    A cell also shows half the width of its confidence interval where there is space.
 
     Args:
-        report: what to draw.
-        view: what the others are held against; None is the report's reference.
-        ax: where to draw; None makes a figure that grows with the number of layers.
-        level: coverage of the intervals.
-        colorbar: draw the key to the colours beside the axes.
+        report: the report to draw.
+        view: the view that the others are compared with; None is the report's reference.
+        ax: the axes to draw into; None makes a figure that grows with the number of layers.
+        level: coverage of the intervals, in (0, 1).
+        colorbar: whether to draw a colour bar beside the axes.
 
     Returns:
         The axes, layers in execution order from top to bottom.
@@ -76,16 +84,18 @@ def heatmap(
     table = report.against(view)
     half = (report.against(view, "high", level=level) - table).to_numpy()
     ax = axes_for(ax, _heatmap_size(table))
-    lacking = absent(report, view)
-    key = f"CKA with {shown([view], 16)[0]}" if colorbar else None
-    mesh = _mesh(ax, table, key, blank=lacking)
-    names = ["\n".join(wrap(name, 11, break_long_words=False)) for name in shown(table.columns)]
+    missing = missing_cells(report, view)
+    key = f"CKA with {unique_labels([view], 16)[0]}" if colorbar else None
+    mesh = _mesh(ax, table, key, blank=missing)
+    names = [
+        "\n".join(wrap(name, 11, break_long_words=False)) for name in unique_labels(table.columns)
+    ]
     names[list(table.columns).index(view)] += "\n(reference)"
-    settle(ax, names, shown(table.index))
+    label_axes(ax, names, unique_labels(table.index))
     ax.set(xlabel="view", ylabel="layer")
     if len(table) > 30:
         ax.tick_params(top=True, labeltop=True)
-    if annotate(ax, mesh, table.to_numpy(), half, blank=lacking):
+    if annotate(ax, mesh, table.to_numpy(), half, blank=missing):
         ax.set_title(f"± half of the {100 * level:g} % interval", fontsize=FONT, loc="right")
     return ax
 
@@ -98,14 +108,14 @@ def grid(
     ax: Axes | None = None,
     colorbar: bool = True,
 ) -> Axes:
-    """Layers x layers: each layer of one view held against each layer of another.
+    """Layers x layers: CKA of each layer of one view with each layer of another.
 
     Args:
-        report: what to draw.
+        report: the report to draw.
         view_a: view of the rows; as in `Report.between`, None works in a report of up to two views.
         view_b: view of the columns; None is the last view if `view_a` is None too, else `view_a`.
-        ax: where to draw; None makes a figure that grows with the number of layers.
-        colorbar: draw the key to the colours beside the axes.
+        ax: the axes to draw into; None makes a figure that grows with the number of layers.
+        colorbar: whether to draw a colour bar beside the axes.
 
     Returns:
         The axes, with square cells, the first layers at the top left.
@@ -117,8 +127,11 @@ def grid(
     ax = axes_for(ax, _grid_size(table))
     ax.set_aspect("equal")
     mesh = _mesh(ax, table, "CKA" if colorbar else None)
-    settle(ax, shown(table.columns), shown(table.index))
-    ax.set(xlabel=shown([table.columns.name], 30)[0], ylabel=shown([table.index.name], 30)[0])
+    label_axes(ax, unique_labels(table.columns), unique_labels(table.index))
+    ax.set(
+        xlabel=unique_labels([table.columns.name], 30)[0],
+        ylabel=unique_labels([table.index.name], 30)[0],
+    )
     annotate(ax, mesh, table.to_numpy(), np.zeros(table.shape))
     return ax
 
@@ -126,15 +139,15 @@ def grid(
 def curve(
     report: Report, view: str | int | None = None, *, ax: Axes | None = None, level: float = 0.95
 ) -> Axes:
-    """CKA with one view along the layers: a line for each other view, in its interval band.
+    """CKA with one view along the layers: a line with an interval band for each other view.
 
     A value that is nan leaves a gap.
 
     Args:
-        report: what to draw.
-        view: what the others are held against, drawn as a dashed line at 1; None is the reference.
-        ax: where to draw; None makes a figure that grows with the number of layers.
-        level: coverage of the bands.
+        report: the report to draw.
+        view: the view that the others are compared with, a dashed line at 1; None is the reference.
+        ax: the axes to draw into; None makes a figure that grows with the number of layers.
+        level: coverage of the bands, in (0, 1).
 
     Returns:
         The axes, layers in execution order from left to right, the legend to the right.
@@ -147,10 +160,10 @@ def curve(
     low, high = (report.against(view, what, level=level) for what in ("low", "high"))
     layers = len(table)
     columns = math.ceil(len(table.columns) / 13)  # of the legend
-    width_in = 0.6 + max(5.0, layers * row_in(layers)) + columns * 1.4
-    ax = axes_for(ax, (width_in, 3.6 + room_in(table.index)))
+    width_in = 0.6 + max(5.0, layers * row_height_in(layers)) + columns * 1.4
+    ax = axes_for(ax, (width_in, 3.6 + labels_width_in(table.index)))
     others = [name for name in table.columns if name != view]
-    labels = dict(zip(table.columns, shown(table.columns), strict=True))
+    labels = dict(zip(table.columns, unique_labels(table.columns), strict=True))
     x = np.arange(layers)
     for k, (name, colour) in enumerate(zip(others, _colours(others), strict=True)):
         y, lower, upper = (frame[name].to_numpy() for frame in (table, low, high))
@@ -180,39 +193,39 @@ def curve(
         frameon=False,
         ncols=columns,
     )
-    settle(ax, shown(table.index), None)
-    ax.set(xlabel="layer, in execution order", ylabel=f"CKA with {shown([view], 16)[0]}")
+    label_axes(ax, unique_labels(table.index), None)
+    ax.set(xlabel="layer, in execution order", ylabel=f"CKA with {unique_labels([view], 16)[0]}")
     return ax
 
 
 def as_html(report: Report) -> str:
-    """The HTML by which a report shows itself in a notebook: a picture inlined as PNG, a sentence.
+    """What a notebook displays of a report: a figure inlined as PNG, and the summary.
 
-    The picture is the heatmap, or the grid where the views' layers differ (two networks). pyplot is
+    The figure is the heatmap, or the grid where the views' layers differ (two networks). pyplot is
     not touched, so that a notebook shows it once.
     """
-    heated = same_layers(report)
+    as_heatmap = same_layers(report)
     rows = next((view for view in report.views if view != report.reference), report.reference)
     pair = () if len(report.views) <= 2 else (rows, report.reference)
-    size_in = _heatmap_size(report.against()) if heated else _grid_size(report.between(*pair))
+    size_in = _heatmap_size(report.against()) if as_heatmap else _grid_size(report.between(*pair))
     figure = Figure(figsize=size_in, layout="compressed")
-    if heated:
+    if as_heatmap:
         heatmap(report, ax=figure.add_subplot())
     else:
         grid(report, *pair, ax=figure.add_subplot())
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90)
     source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    said = html.escape(report.summary())
-    return f'<img style="max-width:100%" alt="{said}" src="{source}"><p>{said}</p>'
+    text = html.escape(report.summary())
+    return f'<img style="max-width:100%" alt="{text}" src="{source}"><p>{text}</p>'
 
 
 def save_figure(ax: Axes, path: str | os.PathLike[str], *, dpi: int = 160) -> None:
-    """Write the figure of some axes whole or not at all; close it if this room made it.
+    """Write the figure of some axes, whole or not at all; close it if it was made here.
 
     Args:
         ax: any axes of the figure.
-        path: ends in .png, .pdf or .svg; one that stood there is replaced.
+        path: the file, ending in .png, .pdf or .svg; an existing one is replaced.
         dpi: dots per inch of a PNG.
 
     Raises:
@@ -221,8 +234,8 @@ def save_figure(ax: Axes, path: str | os.PathLike[str], *, dpi: int = 160) -> No
     """
     kind = Path(path).suffix.lower()
     if kind not in _SUFFIXES:
-        raise ValueError(f"unknown kind of picture: {kind!r}: use one of {', '.join(_SUFFIXES)}")
-    figure = whole(ax)
+        raise ValueError(f"unknown picture format: {kind!r}: use one of {', '.join(_SUFFIXES)}")
+    figure = root_figure(ax)
     undated = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(kind)
     steady: Any = {"svg.hashsalt": "cka_probe", "pdf.fonttype": 42}  # same report, same bytes
     try:
@@ -235,7 +248,7 @@ def save_figure(ax: Axes, path: str | os.PathLike[str], *, dpi: int = 160) -> No
 
 
 def axes_for(ax: Axes | None, size_in: tuple[float, float]) -> Axes:
-    """The axes given, or those of a new figure that names cannot run out of."""
+    """The axes given, or those of a new figure whose layout leaves space for the labels."""
     if ax is not None:
         return ax
     figure = plt.figure(figsize=size_in, layout="compressed")
@@ -244,19 +257,19 @@ def axes_for(ax: Axes | None, size_in: tuple[float, float]) -> Axes:
 
 
 def _heatmap_size(table: pd.DataFrame) -> tuple[float, float]:
-    """Width and height in inches of a figure in which the values of this table can be read."""
+    """Width and height in inches of a heatmap whose values can be read."""
     layers, views = table.shape
     column_in = 0.85 if views <= 12 else 0.5 if views <= 40 else 0.2
-    height_in = max(2.6, 1.1 + layers * row_in(layers))
-    return 1.2 + room_in(table.index) + views * column_in, height_in
+    height_in = max(2.6, 1.1 + layers * row_height_in(layers))
+    return 1.2 + labels_width_in(table.index) + views * column_in, height_in
 
 
 def _grid_size(table: pd.DataFrame) -> tuple[float, float]:
-    """The same for a table of layers x layers with square cells."""
+    """Width and height in inches of a grid, which has square cells."""
     most = max(table.shape)
-    side_in = 0.36 if most <= 30 else row_in(most)
-    width_in = max(3.0, 1.3 + room_in(table.index) + table.shape[1] * side_in)
-    return width_in, max(2.6, 0.5 + room_in(table.columns) + table.shape[0] * side_in)
+    side_in = 0.36 if most <= 30 else row_height_in(most)
+    width_in = max(3.0, 1.3 + labels_width_in(table.index) + table.shape[1] * side_in)
+    return width_in, max(2.6, 0.5 + labels_width_in(table.columns) + table.shape[0] * side_in)
 
 
 def _colours(views: list[str]) -> list[tuple[float, float, float]]:
@@ -274,7 +287,7 @@ def _colours(views: list[str]) -> list[tuple[float, float, float]]:
 def _mesh(
     ax: Axes, table: pd.DataFrame, key: str | None, blank: NDArray[np.bool_] | None = None
 ) -> QuadMesh:
-    """Coloured cells, the first row at the top; nan is grey and hatched but for the blank ones."""
+    """Coloured cells, the first row at the top; nan is grey and hatched unless it is blank."""
     values = table.to_numpy()
     mesh = ax.pcolormesh(
         np.ma.masked_invalid(values), cmap="viridis", vmin=0, vmax=1, rasterized=values.size > 10000
@@ -287,7 +300,7 @@ def _mesh(
     ax.set_xlim(0, values.shape[1])
     ax.set_ylim(values.shape[0], 0)
     if key is not None:
-        share = min(1.0, 4 / whole(ax).get_figheight())
+        share = min(1.0, 4 / root_figure(ax).get_figheight())
         bar = ax.figure.colorbar(
             mesh, ax=ax, label=key, pad=0.02, shrink=share, anchor=(0, 1), aspect=25
         )

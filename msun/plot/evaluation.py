@@ -1,7 +1,7 @@
-"""Pictures of an evaluation: accuracy by size, accuracy against cost.
+"""Figures of an evaluation: accuracy by image size, accuracy by cost.
 
-Each function draws into `ax` and returns it; none shows or saves (`cka_probe.plot.save_figure`
-does). Arms keep their colour and mark in both pictures.
+Each function draws into `ax` and returns it; none shows or saves (use
+`cka_probe.plot.save_figure`). An arm has the same colour and marker in both figures.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import seaborn as sns
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from cka_probe.plot.figures import MARKERS, axes_for
-from cka_probe.plot.labels import FONT, shown, whole
+from cka_probe.plot.labels import FONT, root_figure, unique_labels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,19 +30,19 @@ _DISTINCT = 10  # colours in the colour-blind palette
 
 
 def accuracy(frame: pd.DataFrame, *, metric: str = "top1", ax: Axes | None = None) -> Axes:
-    """Accuracy by size, a line for each arm in its 95 % interval band.
+    """Accuracy by image size: a line with a 95 % interval band for each arm.
 
     Args:
-        frame: from `evaluate` or `compare`, or several of those under each other with a column
-            "arm". Images of mixed sizes are left out: they have no place on the axis.
+        frame: what `evaluate` or `compare` returned, or several of them concatenated, with a column
+            "arm". Rows of mixed sizes are left out: they have no place on the axis.
         metric: "top1" or "top5".
-        ax: where to draw; None makes a figure.
+        ax: the axes to draw into; None makes a figure.
 
     Returns:
-        The axes; sizes are spaced by their logarithm.
+        The axes, with a logarithmic axis of sizes.
 
     Raises:
-        ValueError: a column that is missing, a size that an arm has twice, or nothing to draw.
+        ValueError: a missing column, a size that an arm has twice, or nothing to draw.
     """
     arms = _arms(frame, metric)
     ax = axes_for(ax, _figure_in(arms))
@@ -65,17 +65,16 @@ def accuracy(frame: pd.DataFrame, *, metric: str = "top1", ax: Axes | None = Non
 
 
 def pareto(frame: pd.DataFrame, *, metric: str = "top1", ax: Axes | None = None) -> Axes:
-    """Accuracy against cost: a point for each size, joined in order of size, for each arm.
+    """Accuracy by cost: a point for each size, joined in order of size, for each arm.
 
-    The smallest and the largest size are named beside their points. The large hollow mark is the
-    mean over the arm's sizes, the cross its images of mixed sizes where they were measured. Bars
-    are 95 % intervals. Cost is what the network does to what it is fed, in multiply-accumulates
-    of convolutions and linear layers.
+    The smallest and the largest size are written beside their points. The large hollow marker is
+    the mean over the arm's sizes, the cross its images of mixed sizes if they were measured. Bars
+    are 95 % intervals. Cost is the multiply-accumulates (MACs) of a forward of the images as fed.
 
     Args:
         frame: as for `accuracy`, with a column "gmacs".
         metric: "top1" or "top5".
-        ax: where to draw; None makes a figure.
+        ax: the axes to draw into; None makes a figure.
 
     Returns:
         The axes.
@@ -130,9 +129,9 @@ def pareto(frame: pd.DataFrame, *, metric: str = "top1", ax: Axes | None = None)
 
 
 def _name_sizes(ax: Axes, named: list[tuple[int, float, float, Any]]) -> None:
-    """Write sizes beside their points, and leave out those that would overlap another."""
-    whole(ax).draw_without_rendering()
-    point, taken = whole(ax).dpi / 72, list[tuple[float, float]]()
+    """Write sizes beside their points, except those that would overlap another."""
+    root_figure(ax).draw_without_rendering()
+    point, taken = root_figure(ax).dpi / 72, list[tuple[float, float]]()
     for size, x, y, colour in named:
         if not (np.isfinite(x) and np.isfinite(y)):
             continue
@@ -177,7 +176,7 @@ def _percent(rows: pd.DataFrame, metric: str) -> tuple[Any, Any, Any]:
 
 
 def _style(k: int, arms: int) -> dict[str, Any]:
-    """Colour and mark of the k-th arm."""
+    """Colour and marker of the k-th arm."""
     few = arms <= _DISTINCT
     palette = sns.color_palette("colorblind", arms) if few else sns.husl_palette(arms, l=0.5)
     return {"color": palette[k], "marker": MARKERS[k % len(MARKERS)]}
@@ -185,13 +184,13 @@ def _style(k: int, arms: int) -> dict[str, Any]:
 
 def _label(name: str) -> str:
     """An arm's name in the legend; matplotlib hides those that begin with "_"."""
-    text = shown([name], 40)[0]
+    text = unique_labels([name], 40)[0]
     return " " * text.startswith("_") + text
 
 
 def _figure_in(arms: dict[str, pd.DataFrame]) -> tuple[float, float]:
-    """A figure whose legend has room beside the axes."""
-    longest = max(len(shown([name], 40)[0]) for name in arms)
+    """Width and height in inches of a figure with space for the legend beside the axes."""
+    longest = max(len(unique_labels([name], 40)[0]) for name in arms)
     rows_in = 0.2 * len(arms) + 1.2
     return _SIZE_IN[0] + (0.6 + longest * FONT * 0.6 / 72 if longest else 0), max(
         _SIZE_IN[1], rows_in
@@ -199,7 +198,7 @@ def _figure_in(arms: dict[str, pd.DataFrame]) -> tuple[float, float]:
 
 
 def _finish(ax: Axes, arms: dict[str, pd.DataFrame], metric: str, key: str) -> None:
-    """The share axis, the grid and the legend."""
+    """The accuracy axis, its grid and the legend."""
     values = [v for rows in arms.values() for v in _percent(rows, metric)]
     known = np.concatenate(values)
     known = known[np.isfinite(known)]
@@ -228,9 +227,9 @@ def _finish(ax: Axes, arms: dict[str, pd.DataFrame], metric: str, key: str) -> N
 
 
 def _ticks(ax: Axes, sizes: Sequence[int]) -> None:
-    """Name the sizes that were measured, as many as there is room for, the ends first."""
-    whole(ax).draw_without_rendering()  # the legend takes its room
-    box, point = ax.get_window_extent(), whole(ax).dpi / 72
+    """Label the sizes that were measured, as many as there is space for, the ends first."""
+    root_figure(ax).draw_without_rendering()  # the legend takes its room
+    box, point = ax.get_window_extent(), root_figure(ax).dpi / 72
     left, right = map(math.log, ax.get_xlim())
     room = box.width / point / (right - left)  # points for a factor of e
     places = {s: (math.log(s) - left) * room for s in sizes}

@@ -1,4 +1,4 @@
-"""Picture of a split: the curve, its dip, and the cut with its interval."""
+"""Figure of a suggested split: the CKA curve, its dip, and the cut with its interval."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import seaborn as sns
 
 from cka_probe.plot.figures import axes_for
-from cka_probe.plot.labels import FONT, room_in, row_in, settle, shown
+from cka_probe.plot.labels import FONT, label_axes, labels_width_in, row_height_in, unique_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,25 +22,27 @@ _CURVE, _CUT, _DIP = sns.color_palette("colorblind")[0], "#c0392b", "0.25"
 
 
 def split_curve(choice: SplitChoice, *, ax: Axes | None = None) -> Axes:
-    """CKA along the layers with its 95 % band, the dip, what was to be reached, and the cut.
+    """CKA along the layers with its 95 % interval band, the dip, the target, and the cut.
 
-    Layers on grey, left of the red line, would be the scale-specific ones. The red bar and band are
-    the interval at the cut: layers whose band lies in it are no different, as far as these images
-    tell. Full markers are valid cuts, hollow ones are not.
+    Layers on grey, left of the red line, would be scale-specific. The red bar and band are the
+    interval at the cut: a layer whose band lies within it does not differ measurably. Filled
+    markers are valid cuts, hollow ones are not.
 
     Args:
-        choice: what `suggest_split` gave.
-        ax: where to draw; None makes a figure that grows with the number of layers.
+        choice: what `suggest_split` returned.
+        ax: the axes to draw into; None makes a figure that grows with the number of layers.
 
     Returns:
         The axes, layers in execution order from left to right, the legend to the right.
     """
     curve = choice.curve
     m = len(curve.layers)
-    ax = axes_for(ax, (0.6 + max(5.0, m * row_in(m)) + 2.3, 3.8 + room_in(curve.layers)))
+    ax = axes_for(
+        ax, (0.6 + max(5.0, m * row_height_in(m)) + 2.3, 3.8 + labels_width_in(curve.layers))
+    )
     x, size = np.arange(m), 5 if m <= 40 else 3
     ax.fill_between(x, curve.low, curve.high, color=_CURVE, alpha=0.2, linewidth=0)
-    label = f"view {shown([choice.view], 16)[0]}, with its\n95 % interval"
+    label = f"view {unique_labels([choice.view], 16)[0]}, with its\n95 % interval"
     ax.plot(x, curve.cka, color=_CURVE, linewidth=1.3, label=label)
     for cut, fill, what in ((True, _CURVE, "valid cut"), (False, "white", "no valid cut")):
         here = curve.is_cut == cut
@@ -49,15 +51,15 @@ def split_curve(choice: SplitChoice, *, ax: Axes | None = None) -> Axes:
                     markersize=size, label=what)  # fmt: skip
     if choice.dip is not None:
         ax.plot(choice.dip, curve.cka[choice.dip] - 0.035, "^", color=_DIP, markersize=8,
-                label=f"dip, {shown([curve.layers[choice.dip]], 20)[0]}")  # fmt: skip
+                label=f"dip, {unique_labels([curve.layers[choice.dip]], 20)[0]}")  # fmt: skip
     if choice.target is not None:
         start = -0.5 if choice.dip is None else choice.dip
         ax.hlines(choice.target, start, m - 0.5, color=_DIP, linestyle=":", linewidth=1.2,
-                  label=f"to be reached, {choice.target:.3f}")  # fmt: skip
+                  label=f"target, {choice.target:.3f}")  # fmt: skip
     if choice.layer is not None:
         k = curve.layers.index(choice.layer)
         ax.axvspan(-0.5, k + 0.5, color="0.5", alpha=0.1, linewidth=0, label="before the cut")
-        name = shown([choice.layer], 20)[0]
+        name = unique_labels([choice.layer], 20)[0]
         style = "-" if choice.clear else "--"
         ax.axvline(k + 0.5, color=_CUT, linestyle=style, linewidth=1.5, label=f"cut after {name}")
         ax.plot(k, curve.cka[k], "o", color=_CUT, markersize=size + 1, zorder=4)
@@ -72,11 +74,14 @@ def split_curve(choice: SplitChoice, *, ax: Axes | None = None) -> Axes:
     ax.grid(axis="y", color="0.9")
     ax.set_axisbelow(True)
     sns.despine(ax=ax)
-    settle(ax, shown(curve.layers), None)
+    label_axes(ax, unique_labels(curve.layers), None)
     ax.set(
-        xlabel="layer, in execution order", ylabel=f"CKA with {shown([choice.reference], 16)[0]}"
+        xlabel="layer, in execution order",
+        ylabel=f"CKA with {unique_labels([choice.reference], 16)[0]}",
     )
-    ax.set_title(f"{choice.rule}: {shown([choice.headline], 60)[0]}", fontsize=FONT, loc="left")
+    ax.set_title(
+        f"{choice.rule}: {unique_labels([choice.headline], 60)[0]}", fontsize=FONT, loc="left"
+    )
     ax.legend(fontsize=FONT, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0,
               frameon=False)  # fmt: skip
     return ax

@@ -9,9 +9,9 @@ from shell import furnish, words
 
 from cka_probe.cli.main import main
 from cka_probe.html import page as page_module
-from cka_probe.html.page import LIMIT_BYTES, page, save_page
+from cka_probe.html.page import LIMIT_BYTES, render_page, save_page
 from cka_probe.report import Report
-from cka_probe.summary import lead, remarks
+from cka_probe.summary import caveats, details, headline
 
 HOSTILE = ["</script><b id=evil>x", '"><img src=x onerror=alert(1)>', "<!--js-->", "a&amp;b'c",
            "ein.sehr.langer.name.block12.attention.softmax.proj", "späße \\u003c ${x}"]  # fmt: skip
@@ -76,8 +76,9 @@ def test_without_javascript(opened):
         assert cells == [cell[0] for row in wanted for cell in row]
         lines = tab.locator("#table tbody tr").all()
         assert [line.locator("th, td").all_text_contents() for line in lines] == rows
-        assert tab.locator(".lead").inner_text() == lead(report)
-        assert tab.locator(".remark").all_inner_texts() == remarks(report)
+        assert tab.locator(".headline").inner_text() == headline(report)
+        assert tab.locator(".detail").all_inner_texts() == details(report)
+        assert tab.locator(".caveat").all_inner_texts() == caveats(report)
         assert not tab.locator("#filter").is_visible()
         assert len(tab.locator(".plot .line").all()) == 2
 
@@ -204,7 +205,7 @@ def test_contrast(opened, scheme):
       while (clear(ground) && ground.parentElement) ground = ground.parentElement;
       return [getComputedStyle(element).color, getComputedStyle(ground).backgroundColor].map(parse);
     })"""
-    texts = "h1, .sub, .lead, .limits, .note, #heatmap th, #heatmap td:not(.nan), .plot .x, dt, dd"
+    texts = "h1, .sub, .headline, .detail, .caveat, .note, #heatmap th, #heatmap td:not(.nan), .plot .x, dt, dd"
     with opened(made(), color_scheme=scheme) as tab:
         for turn in range(2):
             pairs = tab.evaluate(colours, f"{texts}, .legend button, #table td, #theme, select")
@@ -257,7 +258,7 @@ def test_policy_forbids_the_network(opened):
     policy = (
         "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
     )
-    assert policy in page(made())
+    assert policy in render_page(made())
     with pytest.raises(AssertionError, match=r"x\.png"), opened(made()) as tab:
         assert tab.evaluate(blocked) == "img-src"
 
@@ -318,8 +319,8 @@ def test_the_page_of_a_real_run_equals_its_report(browser, tmp_path):
     tab.goto((out / "report.html").as_uri())
     wanted = expected(report, lambda what: report.against(what=what))
     assert tab.evaluate(READ, "heatmap") == wanted
-    assert tab.locator(".lead").inner_text() == lead(report)
-    for part in (".lead", ".remark", ".limits"):  # side by side, not squeezed
+    assert tab.locator(".headline").inner_text() == headline(report)
+    for part in (".headline", ".detail", ".caveat"):  # side by side, not squeezed
         assert tab.locator(part).first.bounding_box()["width"] > 250
     for rows, columns in (("8", "16"), ("16", "16"), ("8", "8")):
         tab.select_option("#rows", label=rows)
@@ -337,7 +338,7 @@ def test_saved_whole_or_not_at_all(tmp_path, monkeypatch):
     save_page(made(), path)
     before = path.read_bytes()
     assert before.decode().startswith("<!doctype html>")
-    monkeypatch.setattr(page_module, "page", lambda report: "\ud800")
+    monkeypatch.setattr(page_module, "render_page", lambda report: "\ud800")
     with pytest.raises(UnicodeEncodeError):
         save_page(made(), path)
     assert path.read_bytes() == before

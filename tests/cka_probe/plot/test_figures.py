@@ -329,7 +329,7 @@ def test_save_figure_keeps_figures_of_others(tmp_path):
 
 def test_save_figure_refuses_other_kinds(tmp_path):
     for name in ("a.bmp", "a", "a.npz"):
-        with pytest.raises(ValueError, match=r"unknown kind of picture: .*: use one of \.png"):
+        with pytest.raises(ValueError, match=r"unknown picture format: .*: use one of \.png"):
             plot.save_figure(axes(), tmp_path / name)
 
 

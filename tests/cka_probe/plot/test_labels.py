@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from cka_probe.plot.labels import annotate, room_in, row_in, shown
+from cka_probe.plot.labels import annotate, labels_width_in, row_height_in, unique_labels
 
 
 def test_short_names_stay():
-    assert shown(["layer1.0", "a" * 36]) == ["layer1.0", "a" * 36]
+    assert unique_labels(["layer1.0", "a" * 36]) == ["layer1.0", "a" * 36]
 
 
 def test_long_names_lose_their_middle():
-    (name,) = shown(["blocks.3.12.attn.qkv_proj.dropout.and.more"])
+    (name,) = unique_labels(["blocks.3.12.attn.qkv_proj.dropout.and.more"])
     assert len(name) == 36
     assert name.startswith("blocks.3.12.attn")
     assert name.endswith("out.and.more")
@@ -21,21 +21,26 @@ def test_long_names_lose_their_middle():
 
 def test_no_two_names_become_one():
     names = [f"{'x' * 100}{middle}{'y' * 100}" for middle in "abcdef"]
-    assert len(set(shown(names))) == 6
-    assert max(map(len, shown(names))) < 206
-    assert shown(["same", "same"]) == ["same", "same"]
+    assert len(set(unique_labels(names))) == 6
+    assert max(map(len, unique_labels(names))) < 206
+    assert unique_labels(["same", "same"]) == ["same", "same"]
 
 
 def test_dollars_are_no_formula():
-    assert shown(["a$x$"]) == [r"a\$x\$"]
+    assert unique_labels(["a$x$"]) == [r"a\$x\$"]
 
 
 def test_room_grows_with_names_and_rows():
-    assert room_in(["a"]) < room_in(["a" * 20]) < room_in(["a" * 36]) == room_in(["a" * 360])
-    heights = [rows * row_in(rows) for rows in range(1, 1000)]
+    assert (
+        labels_width_in(["a"])
+        < labels_width_in(["a" * 20])
+        < labels_width_in(["a" * 36])
+        == labels_width_in(["a" * 360])
+    )
+    heights = [rows * row_height_in(rows) for rows in range(1, 1000)]
     assert all(a <= b + 1e-9 for a, b in itertools.pairwise(heights))
     assert heights[-1] < 30  # inches
-    assert row_in(100) * 72 > 11  # points: a line of 9 point type
+    assert row_height_in(100) * 72 > 11  # points: a line of 9 point type
 
 
 @pytest.mark.parametrize(

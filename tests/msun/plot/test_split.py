@@ -48,7 +48,7 @@ def test_curve_dip_target_and_cut_are_where_they_belong():
     ((low, high),) = said["its interval"].lines[2][0].get_segments()
     assert low.tolist() == pytest.approx([k, choice.curve.low[k]])
     assert high.tolist() == pytest.approx([k, choice.curve.high[k]])
-    (target,) = said[f"to be reached, {choice.target:.3f}"].get_segments()
+    (target,) = said[f"target, {choice.target:.3f}"].get_segments()
     assert target[:, 1].tolist() == pytest.approx([choice.target] * 2)
     assert ax.get_title(loc="left") == "recovery: cut after features.4"
     assert [text.get_text() for text in ax.get_xticklabels()] == names(19)
