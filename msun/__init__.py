@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from msun.network.builder import build as build
     from msun.network.checkpoint import load as load
     from msun.network.checkpoint import save as save
-    from msun.network.classifier import new_head as new_head
+    from msun.network.classifier import replace_classifier as replace_classifier
     from msun.network.costs import head_costs as head_costs
     from msun.network.costs import subnet_costs as subnet_costs
     from msun.network.model import MSUN as MSUN
@@ -45,7 +45,7 @@ _HOMES = {
     "find_cuts": "msun.cutting.cuts",
     "head_costs": "msun.network.costs",
     "load": "msun.network.checkpoint",
-    "new_head": "msun.network.classifier",
+    "replace_classifier": "msun.network.classifier",
     "recalibrated": "msun.evaluation.calibration",
     "save": "msun.network.checkpoint",
     "subnet_costs": "msun.network.costs",
@@ -69,7 +69,7 @@ __all__ = [
     "head_costs",
     "load",
     "losses",
-    "new_head",
+    "replace_classifier",
     "plot",
     "recalibrated",
     "save",

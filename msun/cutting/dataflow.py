@@ -148,8 +148,8 @@ def _state(model: nn.Module, node: fx.Node) -> list[Tensor]:
 class Part(nn.Module):
     """One side of a cut network: its modules, under their own paths, and a forward for each mode.
 
-    `train()` and `eval()` switch between the two recorded forwards. `copy.deepcopy` copies it; it
-    cannot be pickled: save its state dict.
+    `train()` and `eval()` switch between the two recorded forwards. It can be copied and pickled;
+    its recorded forwards travel as graphs and are compiled again.
 
     Attributes:
         cut_graphs: the recorded forward in training (True) and in eval mode (False).
@@ -160,7 +160,6 @@ class Part(nn.Module):
         self, model: nn.Module, graphs: dict[bool, fx.Graph], constants: dict[str, Tensor]
     ) -> None:
         super().__init__()
-        self.cut_graphs = graphs
         steps = [node for graph in graphs.values() for node in graph.nodes]
         self.needs_sizes = any(n.op == "placeholder" and n.target == "sizes" for n in steps)
         modules = {str(node.target) for node in steps if node.op == "call_module"}
@@ -169,8 +168,22 @@ class Part(nn.Module):
             hold(self, model, path)
         for path in sorted(tensors & constants.keys()):
             self.register_buffer(path, constants[path], persistent=False)
-        self._forwards = {mode: _compiled(graph) for mode, graph in graphs.items()}
+        self.record(graphs)
         self.training = model.training
+
+    def record(self, graphs: dict[bool, fx.Graph]) -> None:
+        """Take these graphs as the forwards in training (True) and in eval mode (False)."""
+        self.cut_graphs = graphs
+        self._forwards = {mode: _compiled(graph) for mode, graph in graphs.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state without the compiled forwards, which cannot be pickled."""
+        return {name: value for name, value in vars(self).items() if name != "_forwards"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the state and compile the forwards again."""
+        super().__setstate__(state)
+        self.record(self.cut_graphs)
 
     def forward(self, x: Tensor, *sizes: Any) -> Any:
         """The recorded forward of the mode it is in."""

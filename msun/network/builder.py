@@ -23,7 +23,7 @@ from msun.network.policy import RAW_TAU, Policy, check_scales, merge_grid, polic
 from msun.network.shape_probe import Shadow
 from msun.network.stride_removal import take_out
 
-__all__ = ["build", "fingerprint", "map_axes", "small_heads"]
+__all__ = ["build", "fingerprint", "map_axes", "small_subnets"]
 
 
 def build(
@@ -101,15 +101,15 @@ def build(
     recipe, why = None, ""
     if preset == "paper":
         recipe, why = _recipe(model, at, example, sides, policy, start)
-    heads, changes = small_heads(head, sides, policy, recipe, start, example, axes)
-    for own in heads.values() if policy.subnets == "own" else ():
+    subnets, changes = small_subnets(head, sides, policy, recipe, start, example, axes)
+    for own in subnets.values() if policy.subnets == "own" else ():
         install(own)
     install(tail, private)
     made = f"hand-made as in the paper: {recipe.name}" if recipe else "strides taken out"
     if recipe is not None and recipe.tau != RAW_TAU:
         known["tau"] = recipe.tau
     net = MSUN(
-        heads,
+        subnets,
         tail,
         at=at,
         preset=preset,
@@ -162,7 +162,7 @@ def _spec(backbone: nn.Module | LoadedModel, spec: Mapping[str, Any] | None) -> 
     if isinstance(backbone, LoadedModel):
         known = {"name": backbone.name, "model_args": {}}
         known |= {"mean": backbone.mean, "std": backbone.std, "weights": backbone.weights}
-        known |= {} if backbone.new_head is None else {"new_head": backbone.new_head}
+        known |= {} if backbone.classes is None else {"new_head": backbone.classes}
     elif not isinstance(backbone, nn.Module):
         raise TypeError(f"no network: {type(backbone).__name__}: give an nn.Module")
     made: dict[str, Any] = plain({**known, **(spec or {})}, "spec")
@@ -215,7 +215,7 @@ def _recipe(
     return recipe, why
 
 
-def small_heads(
+def small_subnets(
     head: Part,
     sides: tuple[int, ...],
     policy: Policy,
@@ -249,11 +249,11 @@ def small_heads(
             return max(1, full[0] * side // reference), max(1, full[1] * side // reference)
         return seen.shape[axes[0]], seen.shape[axes[1]]
 
-    heads, changes = {reference: head}, {reference: ""}
+    subnets, changes = {reference: head}, {reference: ""}
     for side in sides[:-1]:
         own = copy.deepcopy(head) if policy.subnets == "own" else head
         if recipe is not None:
-            heads[side] = hand_made(recipe, own, side, resample=start == "resampled")
+            subnets[side] = hand_made(recipe, own, side, resample=start == "resampled")
             changes[side] = recipe.told(side)
             continue
         wanted = merge_grid(
@@ -269,9 +269,9 @@ def small_heads(
                          first=policy.strides == "first" and start != "dilated")  # fmt: skip
         if start == "resampled":
             resample_first(taken.head, side / reference)
-        heads[side] = taken.head
+        subnets[side] = taken.head
         changes[side] = ", ".join(f"{p} stride {a} -> {b}" for p, (a, b) in taken.changes.items())
-    return heads, changes
+    return subnets, changes
 
 
 def _check_logits(net: MSUN) -> None:

@@ -17,7 +17,7 @@ from cka_probe.activations.layers import unwrap
 from cka_probe.activations.macs import MacCounter
 from msun.cutting.cuts import Cut, example_images, heads
 from msun.cutting.dataflow import Part
-from msun.network.builder import map_axes, small_heads
+from msun.network.builder import map_axes, small_subnets
 from msun.network.functional_layers import settled
 from msun.network.policy import check_scales, policy_of
 from msun.network.shape_probe import Shadow, meta_copy
@@ -106,7 +106,7 @@ def subnet_costs(
             macs = math.nan
             with suppress(ValueError):
                 pair = tuple(sorted({side, sides[-1]}))
-                made, _ = small_heads(own, pair, policy, None, "copied", example, axes)
+                made, _ = small_subnets(own, pair, policy, None, "copied", example, axes)
                 seen = Shadow(made[side], like=like).see((1, known[1], side, side))
                 macs = math.nan if seen.fault else seen.macs / 1e9
             columns[f"gmacs_{side}"].append(macs)

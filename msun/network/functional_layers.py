@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from msun.cutting.dataflow import Part, _compiled
+from msun.cutting.dataflow import Part
 from msun.network.shallow_copy import put, twin
 
 __all__ = ["settled"]
@@ -71,8 +71,7 @@ def settled(head: Part) -> Part:
             node.args = (node.args[0], *call.get("given", ())) if node.args else node.args
             node.op, node.target, node.kwargs = "call_module", name, {}
         graphs[mode].lint()
-    made.cut_graphs = graphs
-    made._forwards = {mode: _compiled(graph) for mode, graph in graphs.items()}
+    made.record(graphs)
     return made
 
 

@@ -172,8 +172,8 @@ class _Run:
         if rows is None:
             if outputs != classes:
                 text = f"{outputs} outputs for the {classes} classes of {self.data.name!r}"
-                way = f"give it a new head (--new-head {classes}, msun.new_head), or name rows"
-                raise ValueError(f"head does not fit the data: {text}: {way}")
+                hint = f"replace it (--classes {classes}, msun.replace_classifier), or name rows"
+                raise ValueError(f"classifier does not fit the data: {text}: {hint}")
             return None
         chosen = [int(row) for row in rows]
         good = len(set(chosen)) == len(chosen) == classes and 0 <= min(chosen) <= max(chosen)
@@ -248,14 +248,14 @@ class _Run:
             bar.leave = True
         if descent.average is not None:
             descent.average.apply()
+        spec = {k: v for k, v in (self.model.spec or {}).items() if k != "between"}
+        if self.mean is not None and self.std is not None:
+            spec |= {"mean": list(self.mean), "std": list(self.std)}
+        rows = self.run["rows"]
+        spec |= {} if rows is None else {"rows": rows}  # `evaluate` reads it
+        spec |= {"between": self.between} if self.between else {}  # `calibrate` reads it
+        self.model.spec = {**spec, "classes": list(self.data.classes)}  # on every process
         if self.ranks.first:
-            spec = {k: v for k, v in (self.model.spec or {}).items() if k != "between"}
-            if self.mean is not None and self.std is not None:
-                spec |= {"mean": list(self.mean), "std": list(self.std)}
-            rows = self.run["rows"]
-            spec |= {} if rows is None else {"rows": rows}  # so that `evaluate` need not be told
-            spec |= {"between": self.between} if self.between else {}  # `calibrate` asks for it
-            self.model.spec = {**spec, "classes": list(self.data.classes)}
             extra = {"rows": rows, "run": self.run}
             checkpoint.save(self.model, self.out / MODEL, extra=extra)
             (self.out / STATE).unlink(missing_ok=True)

@@ -224,8 +224,8 @@ def test_the_command_line_takes_the_card_unless_told(tmp_path):
 
 
 def test_a_head_is_made_anew_on_the_card():
-    from msun import new_head
+    from msun import replace_classifier
 
-    made = new_head(nn.Sequential(*backbone()).to(CUDA), 7)
+    made = replace_classifier(nn.Sequential(*backbone()).to(CUDA), 7)
     assert homes(made) == {"cuda"}
     assert logits(made, sides(16))[0].shape == (3, 7)

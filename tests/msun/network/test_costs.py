@@ -103,7 +103,7 @@ def test_subnets_cost_what_build_makes(preset):
     for at in ("stem", "layer1.0", "layer2", "layer3.0"):
         net = msun.build(model, at, scales, preset=preset)
         for side in scales:
-            seen = Shadow(net.head(side)).see((1, 3, side, side))
+            seen = Shadow(net.subnet(side)).see((1, 3, side, side))
             assert table[f"gmacs_{side}"][at] * 1e9 == pytest.approx(seen.macs, rel=1e-12)
     assert (table["gmacs_16"] > 1.5 * native["gmacs_16"]).any(), "no stride was taken out"
 
