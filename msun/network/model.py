@@ -101,7 +101,7 @@ class MSUN(nn.Module):
     @property
     def output_shape(self) -> tuple[int, ...]:
         """Of the output for one image at the reference scale, (1, classes)."""
-        return self._planner.tail_sees(self._planner.full()).shape
+        return self._planner.tail_shapes(self._planner.full()).shape
 
     @property
     def num_classes(self) -> int:

@@ -19,7 +19,7 @@ from cka_probe.io import plain, remove_partial_files
 from cka_probe.progress import progress_bar
 from msun.data.crops import Crops, augmentation, shuffled
 from msun.data.labelled import open_labelled
-from msun.metrics import judge
+from msun.metrics import true_class_rank
 from msun.network import checkpoint, norms
 from msun.network.model import MSUN
 from msun.network.policy import is_native
@@ -27,7 +27,7 @@ from msun.training import state as train_state
 from msun.training.config import TrainConfig, refuse_other
 from msun.training.size_sampling import ranges, share
 from msun.training.state import CONFIG, METRICS, MODEL, STATE
-from msun.training.step import Descent, DivergedError, own_tau
+from msun.training.step import DivergedError, TrainingStep, default_tau
 
 __all__ = ["TrainConfig", "train"]
 
@@ -109,7 +109,7 @@ class _Run:
         self.run = plain(
             {
                 **config.options(),
-                **({"tau": own_tau(model, kind)} if config.tau is None else {}),
+                **({"tau": default_tau(model, kind)} if config.tau is None else {}),
                 "model": {"sha256": sha256, "at": model.at, "preset": model.preset},
                 "policy": asdict(model.policy),
                 "scales": list(model.scales),
@@ -124,7 +124,7 @@ class _Run:
                 "rows": rows,
             }
         )
-        self.descent = Descent(
+        self.descent = TrainingStep(
             model, config, total=self.total, kind=kind, rows=rows, shards=shards, ranks=ranks,
             device=device,
         )  # fmt: skip
@@ -287,7 +287,7 @@ class _Run:
         stream = self.crops.batches(todo, epoch=epoch, workers=config.workers, firsts=firsts)
         with closing(stream):
             for images, labels in stream:
-                loss = descent.descend(images, labels)
+                loss = descent.run(images, labels)
                 bar.set_postfix(loss=f"{loss:.3f}", lr=f"{descent.lr:.3g}", refresh=False)
                 bar.update()
                 now = time.perf_counter()
@@ -342,7 +342,7 @@ class _Run:
                     for k, side in enumerate(scales):
                         logits = self.model(images[side].to(self.device))
                         logits = logits if rows is None else logits[:, rows]
-                        hits[k] += (judge(logits, labels.to(self.device))[0] == 0).sum()
+                        hits[k] += (true_class_rank(logits, labels.to(self.device))[0] == 0).sum()
         self.ranks.sum([hits])
         shares = (hits.double() / len(self.val)).tolist()
         return {f"top1_{side}": share for side, share in zip(scales, shares, strict=True)}

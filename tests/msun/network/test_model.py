@@ -270,8 +270,8 @@ def test_shared_subnets_train_one_set_of_weights():
             if name == "subnets.64.stem.0.weight":
                 p.mul_(2)
     assert not torch.allclose(net(x), before)
-    twin = copy.deepcopy(net).double()
-    assert torch.allclose(twin(x.double()).float(), net(x), atol=1e-5)
+    double = copy.deepcopy(net).double()
+    assert torch.allclose(double(x.double()).float(), net(x), atol=1e-5)
     net.train()
     assert net.subnet(16).training
     net.eval()
