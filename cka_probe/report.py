@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.special import stdtrit
 
+from cka_probe.intervals import check_level, student_t
 from cka_probe.io import load_npz, plain, save_npz
 
 __all__ = ["FORMAT", "Report", "same_layers"]
@@ -155,13 +154,8 @@ class Report:
         Raises:
             ValueError: for a level that is not between 0 and 1.
         """
-        if not 0 < level < 1:
-            raise ValueError(
-                f"level out of range: {level}: use a share between 0 and 1, such as 0.95"
-            )
-        groups = self.meta.get("groups") or 0
-        t = float(stdtrit(groups - 1, (1 + level) / 2)) if groups >= 2 else math.nan
-        half = t * self.stderr
+        check_level(level)
+        half = student_t(self.meta.get("groups") or 0, level) * self.stderr
         np.fill_diagonal(half, 0.0)
         return self.cka - half, self.cka + half
 

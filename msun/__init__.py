@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from msun.network.builder import build as build
     from msun.network.checkpoint import load as load
     from msun.network.checkpoint import save as save
-    from msun.network.classifier import new_head as new_head
-    from msun.network.costs import head_costs as head_costs
+    from msun.network.classifier import replace_classifier as replace_classifier
     from msun.network.costs import subnet_costs as subnet_costs
     from msun.network.model import MSUN as MSUN
     from msun.splitting.choice import SplitChoice as SplitChoice
@@ -43,9 +42,8 @@ _HOMES = {
     "cut_points": "msun.cutting.cuts",
     "evaluate": "msun.evaluation.accuracy",
     "find_cuts": "msun.cutting.cuts",
-    "head_costs": "msun.network.costs",
     "load": "msun.network.checkpoint",
-    "new_head": "msun.network.classifier",
+    "replace_classifier": "msun.network.classifier",
     "recalibrated": "msun.evaluation.calibration",
     "save": "msun.network.checkpoint",
     "subnet_costs": "msun.network.costs",
@@ -66,12 +64,11 @@ __all__ = [
     "cut_points",
     "evaluate",
     "find_cuts",
-    "head_costs",
     "load",
     "losses",
-    "new_head",
     "plot",
     "recalibrated",
+    "replace_classifier",
     "save",
     "subnet_costs",
     "suggest_split",

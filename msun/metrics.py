@@ -13,22 +13,22 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
+from cka_probe.intervals import check_level
 from cka_probe.io import load_npz, save_npz
 
-__all__ = ["Predictions", "accuracy", "drawn_sides", "judge", "student_interval", "wilson"]
+__all__ = ["Predictions", "accuracy", "drawn_sides", "true_class_rank", "wilson_interval"]
 
 Ints = NDArray[np.int64]
 _FORMAT = 1  # of the .npz; a reader refuses what is newer
 
 
-def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the true class stands among the scores, and which class stands first.
+def true_class_rank(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The rank of the true class among the scores, and the predicted class.
 
-    Of equal scores the lower class number counts as the larger, so that a network that says the
-    same of every class is right by chance and not always.
+    Of equal scores the lower class number counts as the larger, so that a network with the same
+    score for every class is right by chance and not always.
 
     Args:
         logits: (n, classes) finite scores.
@@ -37,7 +37,7 @@ def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (rank (n,) int64, 0 where the true class is first; predicted (n,) int64).
 
-    >>> judge(torch.tensor([[0.1, 0.9, 0.5], [1.0, 1.0, 1.0]]), torch.tensor([2, 1]))
+    >>> true_class_rank(torch.tensor([[0.1, 0.9, 0.5], [1.0, 1.0, 1.0]]), torch.tensor([2, 1]))
     (tensor([1, 1]), tensor([1, 0]))
     """
     own = logits.gather(1, labels[:, None])  # (n, 1)
@@ -48,13 +48,13 @@ def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return rank, best.to(torch.uint8).argmax(1)
 
 
-def wilson(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """The interval of a share that was counted (Wilson 1927, equation 1).
+def wilson_interval(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """The confidence interval of a share that was counted (Wilson 1927, equation 1).
 
     Args:
-        correct: how many of n.
-        n: how many; 0 gives nan.
-        level: coverage, between 0 and 1.
+        correct: number of successes.
+        n: number of trials; 0 gives nan.
+        level: coverage, in (0, 1).
 
     Returns:
         (low, high); low is exactly 0 where none is correct, high exactly 1 where all are.
@@ -62,44 +62,22 @@ def wilson(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
     Raises:
         ValueError: counts that cannot be, or a level that is no coverage.
     """
+    from scipy.stats import binomtest  # here: it takes a second to load
+
     if not 0 <= correct <= n:
         raise ValueError(f"impossible count: {correct} of {n}: give 0 <= correct <= n")
-    if not 0 < level < 1:
-        raise ValueError(f"bad level: {level}: give a coverage between 0 and 1, such as 0.95")
+    check_level(level)
     if n == 0:
         return math.nan, math.nan
-    z = float(ndtri((1 + level) / 2))
-    centre = (correct + z * z / 2) / (n + z * z)
-    half = z / (n + z * z) * math.sqrt(correct * (n - correct) / n + z * z / 4)
-    low = 0.0 if correct == 0 else centre - half
-    return low, 1.0 if correct == n else centre + half
-
-
-def student_interval(
-    value: float, stderr: float, groups: int, level: float = 0.95
-) -> tuple[float, float]:
-    """The interval of an estimate whose standard error is a jackknife's over groups.
-
-    Args:
-        value: the estimate.
-        stderr: its standard error.
-        groups: of the jackknife; fewer than 2 give nan.
-        level: coverage, between 0 and 1.
-
-    Returns:
-        (low, high), by Student's t with groups - 1 degrees of freedom.
-    """
-    if groups < 2:
-        return math.nan, math.nan
-    half = float(stdtrit(groups - 1, (1 + level) / 2)) * stderr
-    return value - half, value + half
+    interval = binomtest(correct, n).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def accuracy(ranks: Ints, classes: int) -> dict[str, float]:
     """Top-1 and top-5 accuracy with 95 % Wilson intervals.
 
     Args:
-        ranks: (n,) from `judge`.
+        ranks: (n,) from `true_class_rank`.
         classes: how many there are; with fewer than 5, top-5 says nothing and is nan.
 
     Returns:
@@ -109,7 +87,7 @@ def accuracy(ranks: Ints, classes: int) -> dict[str, float]:
     found: dict[str, float] = {"n": n}
     for k in (1, 5):
         correct = int((ranks < k).sum())
-        low, high = wilson(correct, n)
+        low, high = wilson_interval(correct, n)
         values = (correct / n if n else math.nan, low, high)
         if classes < k:
             values = (math.nan,) * 3

@@ -16,12 +16,12 @@ FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob(
 # reverse. The `__init__` of a package reaches every room lazily and stands outside the table.
 MAY_IMPORT = {
     "cka_probe": {
-        "errors": "", "io": "", "progress": "", "rng": "", "distributed": "",
+        "errors": "", "intervals": "", "io": "", "progress": "", "rng": "", "distributed": "",
         "engine": "rng",
         "activations": "errors rng",
         "inputs": "errors io progress rng",
         "models": "errors inputs io rng",
-        "report": "errors io",
+        "report": "errors intervals io",
         "functional": "engine progress report",
         "summary": "report",
         "probing": "activations distributed engine errors functional inputs io models progress "

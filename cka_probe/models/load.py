@@ -48,7 +48,7 @@ class LoadedModel:
         input_size: Side in pixels of the images it was made for; None where that is unknown.
         weights: "DEFAULT:IMAGENET1K_V1", "DEFAULT:as built", "none" or a file's base name.
         sha256: Of the weights file; None without one.
-        new_head: Classes of a classifier that was drawn anew afterwards; None: it is as loaded.
+        classes: number of outputs of a classifier that replaced the loaded one; None if none did.
     """
 
     model: nn.Module
@@ -59,7 +59,7 @@ class LoadedModel:
     input_size: int | None
     weights: str
     sha256: str | None
-    new_head: int | None = None
+    classes: int | None = None
 
 
 def load_model(

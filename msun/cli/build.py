@@ -106,7 +106,7 @@ def describe(net: MSUN) -> list[str]:
                 str(side),
                 _grid(plan.grid),
                 _grid(plan.merged),
-                _millions(parameter_count(net.head(side))),
+                _millions(parameter_count(net.subnet(side))),
                 f"{plan.macs / 1e9:.3f}" if plan.macs >= 1e8 else f"{plan.macs / 1e9:.3g}",
                 net.origin.changes[side] or "nothing: the backbone",
             )

@@ -5,7 +5,7 @@ from typing import Any
 
 from cka_probe.cli.main import MODEL_HELP, WEIGHTS_HELP
 from cka_probe.models.load import LoadedModel, load_model, parse_model_args
-from msun.network.classifier import new_head
+from msun.network.classifier import replace_classifier
 
 __all__ = ["add_model", "load"]
 
@@ -21,7 +21,7 @@ def add_model(parser: Any, *, weights: str | None = "DEFAULT") -> None:
     parser.add_argument("--weights", metavar="W", default=weights, help=WEIGHTS_HELP)
     parser.add_argument("--model-arg", metavar="KEY=VALUE", action="append", default=[],
                         help="passed to the model's constructor")  # fmt: skip
-    parser.add_argument("--new-head", type=int, metavar="N",
+    parser.add_argument("--classes", type=int, metavar="N",
                         help="draw the last layer anew, for N classes of your own")  # fmt: skip
 
 
@@ -39,5 +39,5 @@ def load(args: argparse.Namespace, weights: str | None = None) -> LoadedModel:
         model_args=parse_model_args(args.model_arg),
         seed=seed,
     )
-    classes = getattr(args, "new_head", None)
-    return loaded if classes is None else new_head(loaded, classes, seed=seed)
+    classes = getattr(args, "classes", None)
+    return loaded if classes is None else replace_classifier(loaded, classes, seed=seed)

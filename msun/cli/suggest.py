@@ -50,8 +50,6 @@ def add(commands: Any) -> None:
     word("--view", metavar="V", help="whose curve; default: the smallest scale")
     word("--delta", type=float, default=0.05, metavar="D",
          help="recovered is what comes this near to the later maximum (default 0.05)")  # fmt: skip
-    word("--level", type=float, default=0.8, metavar="L",
-         help="what CKA must stay above, for --rule threshold (default 0.8)")  # fmt: skip
     word("--growth", type=float, default=1.0, metavar="G",
          help="subnets must add less than this share of what lies before the network's last cut, "
          "for --rule affordable (default 1: less than the features have)")  # fmt: skip
@@ -79,7 +77,7 @@ def add(commands: Any) -> None:
 
 def suggest(args: argparse.Namespace) -> None:
     """`msun suggest`."""
-    check_options(args.rule, delta=args.delta, level=args.level, growth=args.growth)
+    check_options(args.rule, delta=args.delta, growth=args.growth)
     if args.report is not None:
         if args.data is not None or args.scales is not None:
             way_out = "give one of them"
@@ -169,7 +167,6 @@ def _choose(
         rule=args.rule,
         view=args.view,
         delta=args.delta,
-        level=args.level,
         growth=args.growth,
         costs=subnet_costs(loaded.model, cuts, sides) if sides else None,
     )

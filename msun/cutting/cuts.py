@@ -64,6 +64,7 @@ def cut_points(model: nn.Module, example: Tensor | None = None) -> list[str]:
     return [found.name for found in find_cuts(model, example)]
 
 
+@torch.inference_mode(False)  # writes are counted, and inference tensors have no counter
 def find_cuts(model: nn.Module, example: Tensor | None = None) -> list[Cut]:
     """As `cut_points`, with all names, the map and the parameters of each.
 
@@ -81,6 +82,7 @@ def find_cuts(model: nn.Module, example: Tensor | None = None) -> list[Cut]:
     return _Survey(model, example).cuts()
 
 
+@torch.inference_mode(False)
 def cut(model: nn.Module, at: str, example: Tensor | None = None) -> tuple[nn.Module, nn.Module]:
     """Cut a network in two after a module: `tail(head(x))` is `model(x)`, to the bit in eval mode.
 
@@ -151,6 +153,7 @@ class _Survey:
         self.outputs = self.traces[False].outputs
         self.sizes = {path: p.numel() for path, p in self.model.named_parameters()}
         x = example_images(self.model) if example is None else example
+        x = x.clone() if x.is_inference() else x  # made by a caller in inference mode
         if x.ndim != 4:
             raise ValueError(
                 f"the example is no batch of images: {tuple(x.shape)}: give (n, c, h, w)"
@@ -165,6 +168,12 @@ class _Survey:
             self.overwritten[True] |= overwrites(self.model, self.traces[True], x, value)
 
     def _check(self, at: str | None) -> None:
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        if made := next((name for name, tensor in tensors if tensor.is_inference()), None):
+            raise ValueError(
+                f"a network made in inference mode: {made!r}: make or load it outside of "
+                "torch.inference_mode()"
+            )
         if not isinstance(at, str | None):
             raise TypeError(f"no module path: {type(at).__name__}: give a name such as 'layer2'")
         if at is not None and at not in self.names:

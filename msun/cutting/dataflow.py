@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Iterable
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -148,8 +148,8 @@ def _state(model: nn.Module, node: fx.Node) -> list[Tensor]:
 class Part(nn.Module):
     """One side of a cut network: its modules, under their own paths, and a forward for each mode.
 
-    `train()` and `eval()` switch between the two recorded forwards. `copy.deepcopy` copies it; it
-    cannot be pickled: save its state dict.
+    `train()` and `eval()` switch between the two recorded forwards. It can be copied and pickled;
+    its recorded forwards travel as graphs and are compiled again.
 
     Attributes:
         cut_graphs: the recorded forward in training (True) and in eval mode (False).
@@ -160,7 +160,6 @@ class Part(nn.Module):
         self, model: nn.Module, graphs: dict[bool, fx.Graph], constants: dict[str, Tensor]
     ) -> None:
         super().__init__()
-        self.cut_graphs = graphs
         steps = [node for graph in graphs.values() for node in graph.nodes]
         self.needs_sizes = any(n.op == "placeholder" and n.target == "sizes" for n in steps)
         modules = {str(node.target) for node in steps if node.op == "call_module"}
@@ -169,8 +168,23 @@ class Part(nn.Module):
             hold(self, model, path)
         for path in sorted(tensors & constants.keys()):
             self.register_buffer(path, constants[path], persistent=False)
-        self._forwards = {mode: _compiled(graph) for mode, graph in graphs.items()}
+        self.record(graphs)
         self.training = model.training
+
+    def record(self, graphs: dict[bool, fx.Graph]) -> None:
+        """Take these graphs as the forwards in training (True) and in eval mode (False)."""
+        self.cut_graphs = graphs
+        self._forwards = {mode: _compiled(graph) for mode, graph in graphs.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state with the graphs as lists; the compiled forwards cannot be pickled."""
+        state = {name: value for name, value in vars(self).items() if name != "_forwards"}
+        return {**state, "cut_graphs": {m: _to_list(g) for m, g in self.cut_graphs.items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the state, build the graphs and compile the forwards again."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.record({mode: _from_list(steps) for mode, steps in state["cut_graphs"].items()})
 
     def forward(self, x: Tensor, *sizes: Any) -> Any:
         """The recorded forward of the mode it is in."""
@@ -203,6 +217,46 @@ class _Holder(nn.Module):
     def __init__(self, training: bool) -> None:
         super().__init__()
         self.training = training
+
+
+class _Index(NamedTuple):
+    """Stands for a node of a graph that is written as a list."""
+
+    node: int
+
+
+def _to_list(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """A graph as a flat list of steps: a pickled graph of nodes recurses as deep as it is long."""
+    place = {node: k for k, node in enumerate(graph.nodes)}
+
+    def indexed(value: Any) -> Any:
+        return fx.node.map_arg(value, lambda node: _Index(place[node]))
+
+    return [(n.op, n.target, indexed(n.args), indexed(n.kwargs), n.name) for n in graph.nodes]
+
+
+def _from_list(steps: list[tuple[Any, ...]]) -> fx.Graph:
+    """The graph that `_to_list` wrote."""
+    graph, nodes = fx.Graph(), list[fx.Node]()
+
+    def resolved(value: Any) -> Any:
+        if isinstance(value, _Index):
+            return nodes[value.node]
+        if isinstance(value, tuple | list):
+            return (
+                type(value)(map(resolved, value))
+                if type(value) in (tuple, list)
+                else [*map(resolved, value)]
+            )
+        if isinstance(value, dict):
+            return {key: resolved(part) for key, part in value.items()}
+        if isinstance(value, slice):
+            return slice(resolved(value.start), resolved(value.stop), resolved(value.step))
+        return value
+
+    for op, target, args, kwargs, name in steps:
+        nodes.append(graph.create_node(op, target, resolved(args), resolved(kwargs), name))
+    return graph
 
 
 def _compiled(graph: fx.Graph) -> Any:

@@ -19,13 +19,14 @@ from cka_probe.engine.minibatch import Minibatch
 from cka_probe.inputs.batches import MIN_IMAGES, order, plan
 from cka_probe.inputs.scales import check_scales
 from cka_probe.inputs.views import resize
+from cka_probe.intervals import student_interval
 from cka_probe.models.load import LoadedModel
 from cka_probe.progress import progress_bar
 from msun.data.crops import Crops
 from msun.data.labelled import Labelled
 from msun.evaluation.classes import Feed, feeding, normalisation, open_tests, reference_of, rows_for
 from msun.evaluation.measure import Measured, close_features, put_features
-from msun.metrics import Predictions, accuracy, drawn_sides, judge, student_interval
+from msun.metrics import Predictions, accuracy, drawn_sides, true_class_rank
 
 __all__ = ["compare", "evaluate"]
 
@@ -324,7 +325,7 @@ class _Job:
                 f"scores are not finite: {self.own.name}, {where}: mend the network's weights, or "
                 "its input's normalisation"
             )
-        rank, predicted = judge(logits, labels)
+        rank, predicted = true_class_rank(logits, labels)
         found.rank[rows, k], found.predicted[rows, k] = rank.numpy(), predicted.numpy()
 
     def _bar(self, what: str = "evaluate") -> Any:

@@ -18,7 +18,7 @@ from cka_probe.errors import one_line
 from cka_probe.probing.forward import device_of, move_to
 from cka_probe.rng import eval_mode, preserved_rng
 from msun.network.model import MSUN
-from msun.network.shape_probe import Shadow, parameter_count
+from msun.network.shape_probe import ShapeProbe, parameter_count
 
 __all__ = ["Measured", "close_features", "put_features"]
 
@@ -60,7 +60,7 @@ class Measured:
         self._path = names[at] if at is not None else None
         self.target, self._stack = device, ExitStack()
         self._kept: Tensor | None = None
-        self._shadow: Shadow | None = None
+        self._shadow: ShapeProbe | None = None
 
     @property
     def device(self) -> torch.device:
@@ -180,7 +180,7 @@ class Measured:
             return self.model.macs(side_px)
         shape = (1, channels, side_px, side_px)
         if self._shadow is None:
-            self._shadow = Shadow(self.model, shape)
+            self._shadow = ShapeProbe(self.model, shape)
         seen = self._shadow.see(shape)
         return float("nan") if seen.fault else seen.macs
 

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cka_probe.activations.layers import unwrap
@@ -14,18 +15,19 @@ from cka_probe.io import plain
 from cka_probe.models.load import LoadedModel
 from msun.cutting.cuts import cut, example_images, find_cuts
 from msun.cutting.dataflow import Part
-from msun.network.functional_layers import settled
+from msun.network.functional_layers import with_functional_modules
 from msun.network.kernel_resize import STARTS, resample_first
 from msun.network.model import MSUN, Origin
 from msun.network.norms import install
-from msun.network.paper import Recipe, hand_made, recipe_of
+from msun.network.paper import Recipe, paper_recipe, paper_subnet
 from msun.network.policy import RAW_TAU, Policy, check_scales, merge_grid, policy_of
-from msun.network.shape_probe import Shadow
-from msun.network.stride_removal import take_out
+from msun.network.shape_probe import ShapeProbe
+from msun.network.stride_removal import remove_strides
 
-__all__ = ["build", "fingerprint", "map_axes", "small_heads"]
+__all__ = ["build", "fingerprint", "map_axes", "small_subnets"]
 
 
+@torch.inference_mode(False)  # else the copied parameters could not be trained
 def build(
     backbone: nn.Module | LoadedModel,
     at: str,
@@ -101,15 +103,15 @@ def build(
     recipe, why = None, ""
     if preset == "paper":
         recipe, why = _recipe(model, at, example, sides, policy, start)
-    heads, changes = small_heads(head, sides, policy, recipe, start, example, axes)
-    for own in heads.values() if policy.subnets == "own" else ():
+    made, changes = small_subnets(head, sides, policy, recipe, start, example, axes)
+    for own in made.values() if policy.subnets == "own" else ():
         install(own)
     install(tail, private)
-    made = f"hand-made as in the paper: {recipe.name}" if recipe else "strides taken out"
+    source = f"hand-made as in the paper: {recipe.name}" if recipe else "strides taken out"
     if recipe is not None and recipe.tau != RAW_TAU:
         known["tau"] = recipe.tau
     net = MSUN(
-        heads,
+        made,
         tail,
         at=at,
         preset=preset,
@@ -118,7 +120,7 @@ def build(
         origin=Origin(
             type(model).__name__,
             fingerprint(model),
-            f"{made} ({why})" if why else made,
+            f"{source} ({why})" if why else source,
             start,
             changes,
         ),
@@ -162,7 +164,7 @@ def _spec(backbone: nn.Module | LoadedModel, spec: Mapping[str, Any] | None) -> 
     if isinstance(backbone, LoadedModel):
         known = {"name": backbone.name, "model_args": {}}
         known |= {"mean": backbone.mean, "std": backbone.std, "weights": backbone.weights}
-        known |= {} if backbone.new_head is None else {"new_head": backbone.new_head}
+        known |= {} if backbone.classes is None else {"new_head": backbone.classes}
     elif not isinstance(backbone, nn.Module):
         raise TypeError(f"no network: {type(backbone).__name__}: give an nn.Module")
     made: dict[str, Any] = plain({**known, **(spec or {})}, "spec")
@@ -174,7 +176,7 @@ def _parts(model: nn.Module, at: str, example: Tensor) -> tuple[Part, Part]:
     head, tail = cut(copy.deepcopy(model), at, example)
     assert isinstance(head, Part)
     assert isinstance(tail, Part)
-    return settled(head), tail
+    return with_functional_modules(head), tail
 
 
 def map_axes(head: Part, example: Tensor) -> tuple[int, int]:
@@ -185,7 +187,7 @@ def map_axes(head: Part, example: Tensor) -> tuple[int, int]:
         example: images that it takes, (n, c, h, w).
     """
     shape = (1, *example.shape[1:])
-    shadow = Shadow(head, shape)
+    shadow = ShapeProbe(head, shape)
     here, side = shadow.see(shape).shape, shape[-1]
     for other in (2 * side, side + 32, side + 64, side // 2):
         seen = shadow.see((*shape[:2], other, other))
@@ -208,14 +210,14 @@ def _recipe(
     """The paper's own subnets, where it has them."""
     if policy.subnets == "shared" or start == "dilated":
         return None, "the paper's subnets have weights of their own and are not dilated"
-    recipe, why = recipe_of(model, (at,), sides)
+    recipe, why = paper_recipe(model, (at,), sides)
     if recipe is None and "cuts" in why:  # the same cut may have other names
         names = next((c.names for c in find_cuts(model, example) if at in c.names), (at,))
-        recipe, why = recipe_of(model, names, sides)
+        recipe, why = paper_recipe(model, names, sides)
     return recipe, why
 
 
-def small_heads(
+def small_subnets(
     head: Part,
     sides: tuple[int, ...],
     policy: Policy,
@@ -240,7 +242,7 @@ def small_heads(
     """
     reference = sides[-1]
     known = (1, *example.shape[1:])
-    shadow = Shadow(head, known)
+    shadow = ShapeProbe(head, known)
 
     def grid(side: int) -> tuple[int, int]:
         seen = shadow.see((1, known[1], side, side))
@@ -249,11 +251,11 @@ def small_heads(
             return max(1, full[0] * side // reference), max(1, full[1] * side // reference)
         return seen.shape[axes[0]], seen.shape[axes[1]]
 
-    heads, changes = {reference: head}, {reference: ""}
+    made, changes = {reference: head}, {reference: ""}
     for side in sides[:-1]:
         own = copy.deepcopy(head) if policy.subnets == "own" else head
         if recipe is not None:
-            heads[side] = hand_made(recipe, own, side, resample=start == "resampled")
+            made[side] = paper_subnet(recipe, own, side, resample=start == "resampled")
             changes[side] = recipe.told(side)
             continue
         wanted = merge_grid(
@@ -265,13 +267,20 @@ def small_heads(
             full=grid(reference),
             native=lambda side=side: grid(side),  # type: ignore[misc]
         )
-        taken = take_out(own, side, wanted, known=known, axes=axes, dilated=start == "dilated",
-                         first=policy.strides == "first" and start != "dilated")  # fmt: skip
+        taken = remove_strides(
+            own,
+            side,
+            wanted,
+            known=known,
+            axes=axes,
+            dilated=start == "dilated",
+            first=policy.strides == "first" and start != "dilated",
+        )
         if start == "resampled":
             resample_first(taken.head, side / reference)
-        heads[side] = taken.head
+        made[side] = taken.head
         changes[side] = ", ".join(f"{p} stride {a} -> {b}" for p, (a, b) in taken.changes.items())
-    return heads, changes
+    return made, changes
 
 
 def _check_logits(net: MSUN) -> None:

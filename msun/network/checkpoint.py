@@ -16,7 +16,7 @@ from cka_probe.errors import one_line
 from cka_probe.io import plain, replacing
 from cka_probe.models.load import LoadedModel, load_model
 from msun.network.builder import build, fingerprint
-from msun.network.classifier import new_head
+from msun.network.classifier import replace_classifier
 from msun.network.model import MSUN
 from msun.network.policy import POLICIES, Policy, check_scales
 
@@ -221,7 +221,7 @@ def _made_again(path: str | os.PathLike[str], spec: Mapping[str, Any]) -> Loaded
         raise ValueError(f"checkpoint of a bare network: {path} has no name: give backbone=")
     try:
         made = load_model(spec["name"], "none", model_args=spec.get("model_args"))
-        return new_head(made, spec["new_head"]) if spec.get("new_head") else made
+        return replace_classifier(made, spec["new_head"]) if spec.get("new_head") else made
     except (ValueError, TypeError) as error:
         name = spec["name"]
         reason = one_line(error)

@@ -1,4 +1,4 @@
-"""A new classifier on a trained network: as many outputs as the user's own data has classes."""
+"""A new classifier for a trained network, with as many outputs as the data has classes."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from torch import nn
 
 from cka_probe.activations.layers import unwrap
 from cka_probe.models.load import LoadedModel
-from cka_probe.rng import preserved_rng
+from cka_probe.rng import eval_mode, preserved_rng
 from msun.cutting.cuts import example_images
 from msun.network.shape_probe import first_tensor
 
-__all__ = ["new_head"]
+__all__ = ["replace_classifier"]
 
 Network = TypeVar("Network", bound="nn.Module | LoadedModel")
 
 
-def new_head(model: Network, classes: int, *, seed: int = 0) -> Network:
-    """A copy of a network whose last layer is drawn anew, for other classes.
+def replace_classifier(model: Network, classes: int, *, seed: int = 0) -> Network:
+    """A copy of a network with a new last layer, for another number of classes.
 
     The last layer is the linear layer or 1 x 1 convolution that runs last and has as many outputs
-    as the network; auxiliary heads of training mode stay as they are.
+    as the network. Auxiliary classifiers of training mode stay as they are.
 
     Args:
-        model: a network that gives logits (n, outputs), or what `load_model` gave.
-        classes: outputs of the copy.
-        seed: of its new weights, which are drawn as the layer's class draws them.
+        model: a network that returns logits (n, outputs), or what `load_model` returned.
+        classes: number of outputs of the copy, at least 1.
+        seed: seed of the new weights, which are drawn as the layer's class draws them.
 
     Returns:
-        As what was given: a network, or a loaded model that remembers it, so that a checkpoint can
-        make the backbone again.
+        The same kind as `model`: a network, or a loaded model that records the number of classes,
+        so that a checkpoint can rebuild the backbone.
 
     Raises:
         ValueError: fewer than one class, or a network that does not end in such a layer.
@@ -42,12 +42,12 @@ def new_head(model: Network, classes: int, *, seed: int = 0) -> Network:
     if classes < 1:
         raise ValueError(f"bad number of classes: {classes}: give 1 or more")
     if isinstance(model, LoadedModel):
-        inner = new_head(unwrap(model.model), classes, seed=seed)
-        return dataclasses.replace(model, model=inner, new_head=classes)
+        inner = replace_classifier(unwrap(model.model), classes, seed=seed)
+        return dataclasses.replace(model, model=inner, classes=classes)
     made = copy.deepcopy(model)
     path = _last(made)
     old = made.get_submodule(path)
-    with torch.random.fork_rng(devices=[]):
+    with preserved_rng():
         torch.default_generator.manual_seed(seed)
         new = _like(old, classes)
     weight: torch.Tensor = old.weight  # type: ignore[assignment]
@@ -69,19 +69,14 @@ def _like(old: nn.Module, classes: int) -> nn.Module:
 
 
 def _last(model: nn.Module) -> str:
-    """The path of the layer that makes the logits."""
+    """The path of the layer whose outputs are the logits."""
     ran: list[str] = []
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with ExitStack() as stack, torch.no_grad(), preserved_rng():
-            for path, module in model.named_modules():
-                if isinstance(module, nn.Linear | nn.Conv2d):
-                    hook = module.register_forward_hook(lambda *_, path=path: ran.append(path))
-                    stack.callback(hook.remove)
-            out = first_tensor(model.eval()(example_images(model)))
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with ExitStack() as stack, torch.no_grad(), preserved_rng(), eval_mode(model):
+        for path, module in model.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                hook = module.register_forward_hook(lambda *_, path=path: ran.append(path))
+                stack.callback(hook.remove)
+        out = first_tensor(model(example_images(model)))
     if ran and out is not None:
         last = model.get_submodule(ran[-1])
         outputs = getattr(last, "out_features", getattr(last, "out_channels", None))
@@ -90,6 +85,6 @@ def _last(model: nn.Module) -> str:
             return ran[-1]
     name = type(model).__name__
     raise ValueError(
-        f"no classifier to make new: {name} does not end in a linear layer or 1 x 1 convolution "
+        f"no classifier to replace: {name} does not end in a linear layer or 1 x 1 convolution "
         "that gives its logits: give a network with as many outputs as classes"
     )

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from msun.cutting.dataflow import Part, _compiled
-from msun.network.shallow_copy import put, twin
+from msun.cutting.dataflow import Part
+from msun.network.shallow_copy import put, shallow_part
 
-__all__ = ["settled"]
+__all__ = ["with_functional_modules"]
 
 _WORDS: dict[Any, tuple[str, ...]] = {
     F.max_pool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
@@ -45,7 +45,7 @@ class Convolve(nn.Module):
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-def settled(head: Part) -> Part:
+def with_functional_modules(head: Part) -> Part:
     """A twin whose functional poolings and convolutions with fixed settings are layers.
 
     Both modes must call the same ones in the same order; else the head comes back as it is.
@@ -61,7 +61,7 @@ def settled(head: Part) -> Part:
     kinds = [[(n.target, str(call)) for n, call in each] for each in found.values()]
     if not kinds[0] or any(kind != kinds[0] for kind in kinds):
         return head
-    made = twin(head)
+    made = shallow_part(head)
     for mode, each in found.items():
         for k, (node, call) in enumerate(each):
             assert call is not None
@@ -71,8 +71,7 @@ def settled(head: Part) -> Part:
             node.args = (node.args[0], *call.get("given", ())) if node.args else node.args
             node.op, node.target, node.kwargs = "call_module", name, {}
         graphs[mode].lint()
-    made.cut_graphs = graphs
-    made._forwards = {mode: _compiled(graph) for mode, graph in graphs.items()}
+    made.record(graphs)
     return made
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msun.cutting.dataflow import Part
-from msun.network.shallow_copy import branch
+from msun.network.shallow_copy import copy_path
 
 __all__ = ["STARTS", "centred", "resample_first", "resampled"]
 
@@ -75,7 +75,7 @@ def resample_first(head: Part, ratio: float) -> str:
         if not found:
             continue
         path = ".".join(filter(None, (str(node.target), found[0])))
-        first: Any = branch(head, path)
+        first: Any = copy_path(head, path)
         weight: Tensor = first.weight
         old = (int(weight.shape[-2]), int(weight.shape[-1]))
         size = (_smaller(old[0], ratio), _smaller(old[1], ratio))

@@ -1,4 +1,4 @@
-"""The multi-scale network: a head for each scale, one trunk, and which of them serves an image."""
+"""The multi-scale network: a subnet for each scale, one trunk, and the routing of images."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class MSUN(nn.Module):
     brought to the grid that the policy names, and the trunk makes logits of it.
 
     Attributes:
-        heads: the subnets by side in pixels; the reference's alone where all share its weights.
-        tail: the trunk.
+        subnets: the subnets by side in pixels; the reference's alone if all share its weights.
+        tail: the trunk, which all scales share.
         scales: trained sides in pixels, ascending.
         at: the module after which the backbone was cut.
         preset: the name of the preset that it was built from.
@@ -56,7 +56,7 @@ class MSUN(nn.Module):
 
     def __init__(
         self,
-        heads: Mapping[int, Part],
+        subnets: Mapping[int, Part],
         tail: Part,
         *,
         at: str,
@@ -68,16 +68,16 @@ class MSUN(nn.Module):
         axes: tuple[int, int],
     ) -> None:
         super().__init__()
-        self.scales = tuple(sorted(heads))
-        own = heads if policy.subnets == "own" else {self.reference: heads[self.reference]}
-        self.heads = nn.ModuleDict({str(s): own[s] for s in sorted(own)})
+        self.scales = tuple(sorted(subnets))
+        own = subnets if policy.subnets == "own" else {self.reference: subnets[self.reference]}
+        self.subnets = nn.ModuleDict({str(s): own[s] for s in sorted(own)})
         self.tail = tail
         self.at, self.preset, self.policy = at, preset, policy
         self.spec, self.origin = dict(spec), origin
         self.channels, self.axes = channels, axes
-        self._twins = {s: heads[s] for s in self.scales if s not in own}
+        self._sharing = {s: subnets[s] for s in self.scales if s not in own}
         self._planner = Planner(
-            self.head,
+            self.subnet,
             tail,
             scales=self.scales,
             stock=[s for s in self.scales if not origin.changes[s]],
@@ -99,25 +99,20 @@ class MSUN(nn.Module):
         return calibrated_sizes(self)
 
     @property
-    def size_keys(self) -> tuple[Grid, ...]:
-        """As `calibrated`."""
-        return self.calibrated
-
-    @property
     def output_shape(self) -> tuple[int, ...]:
         """Of the output for one image at the reference scale, (1, classes)."""
-        return self._planner.tail_sees(self._planner.full()).shape
+        return self._planner.tail_shapes(self._planner.full()).shape
 
     @property
-    def classes(self) -> int:
-        """How many logits an image gets."""
+    def num_classes(self) -> int:
+        """The number of logits per image."""
         return self.output_shape[1]
 
     def route(self, h: int, w: int) -> int:
         """The scale whose subnet serves an h x w image."""
         return route(self.scales, h, w, self.policy.routing)
 
-    def head(self, scale: int) -> Part:
+    def subnet(self, scale: int) -> Part:
         """The subnet of a scale.
 
         Args:
@@ -129,10 +124,10 @@ class MSUN(nn.Module):
         if scale not in self.scales:
             known = ", ".join(map(str, self.scales))
             raise ValueError(f"not a trained scale: {scale}: choose one of {known}")
-        if scale not in self._twins:
-            return self.heads[str(scale)]  # type: ignore[return-value]
-        made = self._twins[scale]
-        made.training = self.heads[str(self.reference)].training
+        if scale not in self._sharing:
+            return self.subnets[str(scale)]  # type: ignore[return-value]
+        made = self._sharing[scale]
+        made.training = self.subnets[str(self.reference)].training
         return made
 
     def features(self, x: Tensor, scale: int | None = None) -> Tensor:
@@ -150,35 +145,20 @@ class MSUN(nn.Module):
         """
         size = self._size(x)
         scale = self.route(*size) if scale is None else scale
-        head = self.head(scale)
+        subnet = self.subnet(scale)
         self._select(scale, size)
         given = self._planner.fed(*size, scale, known=True)
         try:
-            z: Tensor = head(resized(x, given, antialias=True))
+            z: Tensor = subnet(resized(x, given, antialias=True))
         except Exception:
             self._planner.plan(*size, scale)  # says so where the size is at fault
             if given == (rounded := self._planner.fed(*size, scale)):
                 raise
-            given, z = rounded, head(resized(x, rounded, antialias=True))
+            given, z = rounded, subnet(resized(x, rounded, antialias=True))
         if scale != self.reference and hasattr(z, "cut_sizes"):
             del z.cut_sizes
         merged = self._planner.merged(*given, scale, self._planner.grid(tuple(z.shape)))
         return resized(z, merged, self.axes, antialias=self.policy.antialias)
-
-    def classify(self, z: Tensor, scale: int, size: Grid | None = None) -> Tensor:
-        """Logits of maps on the merge grid.
-
-        Args:
-            z: what `features` gave.
-            scale: the trained side whose batch norms count.
-            size: (h, w) of the images; None for scale x scale.
-
-        Returns:
-            (n, classes).
-        """
-        self.head(scale)  # refuses other scales
-        self._select(scale, size or (scale, scale))
-        return self._logits(z)
 
     def step(self, x: Tensor, scale: int) -> tuple[Tensor, Tensor]:
         """Both at once, for training: (logits, z).
@@ -240,19 +220,28 @@ class MSUN(nn.Module):
             ValueError: a size that the subnet cannot take, or a scale that was not trained.
         """
         if scale is not None:
-            self.head(scale)  # refuses other scales
+            self.subnet(scale)  # refuses other scales
         return self._planner.plan(h, h if w is None else w, scale)
 
     def train(self, mode: bool = True) -> MSUN:
         """As for any module; subnets that share the head's weights follow."""
         super().train(mode)
-        for head in self._twins.values():
-            head.train(mode)
+        for subnet in self._sharing.values():
+            subnet.train(mode)
         return self
 
     def extra_repr(self) -> str:
         """What stands first when the network is printed."""
         return f"{self.preset} at {self.at!r} for {', '.join(map(str, self.scales))} px"
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Load; the parameters of subnets were named "heads." by earlier versions."""
+        old = f"{prefix}heads."
+        for key in [key for key in state_dict if key.startswith(old)]:
+            state_dict[f"{prefix}subnets.{key.removeprefix(old)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _select(self, scale: int, size: Grid) -> None:
         """Let the batch norms work for images of a size."""

@@ -17,10 +17,10 @@ from torchvision.models import densenet, mobilenetv2, resnet, vgg
 from msun.cutting.dataflow import Part
 from msun.network.kernel_resize import centred, resampled
 from msun.network.policy import RAW_TAU
-from msun.network.shallow_copy import branch, put, twin
+from msun.network.shallow_copy import copy_path, put, shallow_part
 from msun.network.stride_removal import like_old
 
-__all__ = ["SCALES", "Recipe", "hand_made", "recipe_of"]
+__all__ = ["SCALES", "Recipe", "paper_recipe", "paper_subnet"]
 
 SCALES = (32, 128, 224)
 
@@ -111,7 +111,7 @@ _KNOWN: tuple[tuple[type[nn.Module], Callable[[], nn.Module], Recipe], ...] = (
 )
 
 
-def recipe_of(
+def paper_recipe(
     model: nn.Module, names: Collection[str], scales: Sequence[int]
 ) -> tuple[Recipe | None, str]:
     """The hand-made subnets for a network, where it is one of the four at its cut and scales.
@@ -148,7 +148,7 @@ def _layers(model: nn.Module) -> dict[str, str]:
     }
 
 
-def hand_made(recipe: Recipe, head: Part, scale: int, *, resample: bool) -> Part:
+def paper_subnet(recipe: Recipe, head: Part, scale: int, *, resample: bool) -> Part:
     """The subnet of a scale, around a head's own modules save for those that change.
 
     Args:
@@ -158,7 +158,7 @@ def hand_made(recipe: Recipe, head: Part, scale: int, *, resample: bool) -> Part
         resample: start kernels of another size from the old one resampled to smaller pixels, else
             from its middle.
     """
-    made = twin(head)
+    made = shallow_part(head)
     for path, change in recipe.at_scale(scale).items():
         old: Any = head.get_submodule(path)
         if change is None:
@@ -166,7 +166,7 @@ def hand_made(recipe: Recipe, head: Part, scale: int, *, resample: bool) -> Part
         elif isinstance(change, Kernel):
             put(made, path, _convolution(old, change, resample))
         else:
-            pool: Any = branch(made, path)
+            pool: Any = copy_path(made, path)
             pool.stride = like_old(old.stride, change.size)
     return made
 

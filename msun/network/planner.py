@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from msun.cutting.dataflow import Part
 from msun.network.policy import Policy, fed, merge_grid, route
-from msun.network.shape_probe import Seen, Shadow
+from msun.network.shape_probe import Seen, ShapeProbe
 
 __all__ = ["Grid", "Plan", "Planner"]
 
@@ -31,11 +31,11 @@ class Plan(NamedTuple):
     macs: int
 
 
-class _Memo(dict[Any, Any]):
-    """What was found out about sizes; a copy of the network finds it out again."""
+class _Cache(dict[Any, Any]):
+    """Shapes and costs by size; a copied or pickled network computes them again."""
 
-    def __deepcopy__(self, memo: Any) -> _Memo:
-        return _Memo()
+    def __reduce__(self) -> tuple[type[_Cache], tuple[()]]:
+        return _Cache, ()
 
 
 class Planner:
@@ -65,7 +65,7 @@ class Planner:
         self.head, self.tail = head, tail
         self.scales, self.stock, self.policy = scales, set(stock), policy
         self.channels, self.axes = channels, axes
-        self._memo = _Memo()
+        self._memo = _Cache()
 
     @property
     def reference(self) -> int:
@@ -85,7 +85,7 @@ class Planner:
         """
         scale = route(self.scales, h, w, self.policy.routing) if scale is None else scale
         given = self.fed(h, w, scale)
-        seen = self._head_sees(scale, *given)
+        seen = self._subnet_shapes(scale, *given)
         if seen.fault:
             as_fed = "" if given == (h, w) else f" fed at {given[0]} x {given[1]}"
             raise ValueError(
@@ -95,7 +95,7 @@ class Planner:
         h, w = given
         grid = self.grid(seen.shape)
         merged = self.merged(h, w, scale, grid)
-        return Plan(scale, grid, merged, seen.macs + self.tail_sees(merged).macs)
+        return Plan(scale, grid, merged, seen.macs + self.tail_shapes(merged).macs)
 
     def fed(self, h: int, w: int, scale: int, *, known: bool = False) -> Grid:
         """The size at which a subnet gets an image; where it is resized, rounded to what it takes.
@@ -112,7 +112,7 @@ class Planner:
             return wanted
         if key not in self._memo:
             tried = [wanted, *(_fitting(wanted, d) for d in (2, 4, 8, 16, 32, 64))]
-            good = (g for g in tried if not self._head_sees(scale, *g).fault)
+            good = (g for g in tried if not self._subnet_shapes(scale, *g).fault)
             self._memo[key] = next(good, wanted)
         given: Grid = self._memo[key]
         return given
@@ -155,31 +155,31 @@ class Planner:
             return None
         full, side = self.full(), self.reference
         h, w = (max(1, round(g * side / f)) for g, f in zip(grid, full, strict=True))
-        return self._head_sees(side, h, w).sizes
+        return self._subnet_shapes(side, h, w).sizes
 
-    def tail_sees(self, grid: Grid) -> Seen:
+    def tail_shapes(self, grid: Grid) -> Seen:
         """What the trunk does with a map of a grid."""
         if "tail" not in self._memo:
             full = self.full()
-            self._memo["tail"] = Shadow(self.tail, self._map(full), self.sizes(full))
-        shadow: Shadow = self._memo["tail"]
+            self._memo["tail"] = ShapeProbe(self.tail, self._map(full), self.sizes(full))
+        shadow: ShapeProbe = self._memo["tail"]
         return shadow.see(self._map(grid), self.sizes(grid))
 
-    def _head_sees(self, scale: int, h: int, w: int) -> Seen:
+    def _subnet_shapes(self, scale: int, h: int, w: int) -> Seen:
         key = ("head", scale)
         if key not in self._memo:
             known = (1, self.channels, self.reference, self.reference)
             if scale == self.reference:
-                self._memo[key] = Shadow(self.head(scale), known)
+                self._memo[key] = ShapeProbe(self.head(scale), known)
             else:
-                self._head_sees(self.reference, *known[2:])
+                self._subnet_shapes(self.reference, *known[2:])
                 like = self._memo["head", self.reference]
-                self._memo[key] = Shadow(self.head(scale), like=like)
-        shadow: Shadow = self._memo[key]
+                self._memo[key] = ShapeProbe(self.head(scale), like=like)
+        shadow: ShapeProbe = self._memo[key]
         return shadow.see((1, self.channels, h, w))
 
     def _reference_map(self) -> tuple[int, ...]:
-        return self._head_sees(self.reference, self.reference, self.reference).shape
+        return self._subnet_shapes(self.reference, self.reference, self.reference).shape
 
     def _map(self, grid: Grid) -> tuple[int, ...]:
         """The shape of one map on a grid."""
@@ -189,7 +189,7 @@ class Planner:
 
     def _native(self, h: int, w: int) -> Grid:
         """What the reference subnet gives; in proportion where it cannot take the size."""
-        seen = self._head_sees(self.reference, h, w)
+        seen = self._subnet_shapes(self.reference, h, w)
         if not seen.fault:
             return self.grid(seen.shape)
         rows, columns = self.full()
@@ -203,11 +203,11 @@ class Planner:
         multiples = [[max(d, d * int(g / d + 0.5)) for g in grid] for d in (1, 2, 4, 8, 16, 32)]
         tried = [(rows, columns) for rows, columns in multiples]
         tried += [(grid[0] + k, grid[1] + k) for k in larger]
-        return next((g for g in tried if not self.tail_sees(g).fault), self.full())
+        return next((g for g in tried if not self.tail_shapes(g).fault), self.full())
 
     def _takes_any(self) -> bool:
         """Whether the trunk takes small odd grids, and so need not be asked about others."""
-        return not any(self.tail_sees(odd).fault for odd in ((3, 5), (11, 13)))
+        return not any(self.tail_shapes(odd).fault for odd in ((3, 5), (11, 13)))
 
 
 def _fitting(size: Grid, d: int) -> Grid:

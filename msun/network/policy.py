@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-__all__ = ["POLICIES", "Policy", "check_scales", "fed", "merge_grid", "policy_of", "register"]
+__all__ = ["POLICIES", "Policy", "check_scales", "fed", "merge_grid", "policy_of"]
 __all__ += ["RAW_TAU"]
 __all__ += ["is_native", "route", "served"]
 
@@ -95,21 +95,6 @@ POLICIES: dict[str, Policy] = {
     # `inputs` and `strides` were chosen in experiments/scales
     "lean": Policy(inputs="small", strides="first"),
 }
-
-
-def register(name: str, policy: Policy) -> None:
-    """Add a preset.
-
-    Args:
-        name: what `build` is to know it by.
-        policy: its choices.
-
-    Raises:
-        ValueError: the name is taken.
-    """
-    if name in POLICIES:
-        raise ValueError(f"preset name is taken: {name!r}: choose another name")
-    POLICIES[name] = policy
 
 
 def policy_of(preset: str) -> Policy:

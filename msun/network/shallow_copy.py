@@ -8,7 +8,7 @@ from torch import nn
 
 from msun.cutting.dataflow import Part
 
-__all__ = ["branch", "put", "shallow", "twin"]
+__all__ = ["copy_path", "put", "shallow", "shallow_part"]
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -29,7 +29,7 @@ def shallow(module: _M) -> _M:
     return made
 
 
-def twin(head: Part) -> Part:
+def shallow_part(head: Part) -> Part:
     """A second head around the same modules, for `put` and `branch`.
 
     Args:
@@ -38,7 +38,7 @@ def twin(head: Part) -> Part:
     return shallow(head)
 
 
-def branch(head: Part, path: str) -> nn.Module:
+def copy_path(head: Part, path: str) -> nn.Module:
     """The module at a path, replaced by a shallow copy, as are the containers on the way.
 
     Args:
@@ -62,5 +62,5 @@ def put(head: Part, path: str, module: nn.Module) -> None:
         module: what is to stand there.
     """
     parent, _, name = path.rpartition(".")
-    here: nn.Module = branch(head, parent) if parent else head
+    here: nn.Module = copy_path(head, parent) if parent else head
     here._modules[name] = module

@@ -16,7 +16,7 @@ from cka_probe.errors import one_line
 from cka_probe.rng import preserved_rng
 from msun.network.norms import SizedNorm
 
-__all__ = ["Seen", "Shadow", "first_tensor", "meta_copy", "parameter_count"]
+__all__ = ["Seen", "ShapeProbe", "first_tensor", "meta_copy", "parameter_count"]
 
 
 class Seen(NamedTuple):
@@ -42,7 +42,7 @@ _NO_SHAPE = (
 _KINDS = ("bare", "meta", "whole")
 
 
-class Shadow:
+class ShapeProbe:
     """A network's copy on the meta device, in eval mode, that tells shapes and costs of inputs.
 
     Batch norms and activations are left out of it, as they change no shape and take most of the
@@ -62,7 +62,7 @@ class Shadow:
         known: tuple[int, ...] = (),
         sizes: Any = None,
         *,
-        like: Shadow | None = None,
+        like: ShapeProbe | None = None,
     ) -> None:
         floats = (p.dtype for p in module.parameters() if p.is_floating_point())
         self.dtype = next(floats, torch.float32)

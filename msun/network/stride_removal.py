@@ -15,10 +15,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from msun.cutting.dataflow import Part
-from msun.network.shallow_copy import put, shallow, twin
-from msun.network.shape_probe import Shadow, meta_copy
+from msun.network.shallow_copy import put, shallow, shallow_part
+from msun.network.shape_probe import ShapeProbe, meta_copy
 
-__all__ = ["Leaf", "Step", "Taken", "like_old", "look", "restride", "steps", "take_out"]
+__all__ = ["Leaf", "Removal", "Step", "like_old", "look", "remove_strides", "steps", "with_stride"]
 
 _M = TypeVar("_M", bound=nn.Module)
 _STOCK = {nn.Conv2d.forward, nn.MaxPool2d.forward, nn.AvgPool2d.forward}
@@ -54,7 +54,7 @@ class Step(NamedTuple):
     paths: tuple[str, ...]
 
 
-class Taken(NamedTuple):
+class Removal(NamedTuple):
     """A head with strides taken out.
 
     Attributes:
@@ -68,7 +68,7 @@ class Taken(NamedTuple):
     changes: dict[str, tuple[int, int]]
 
 
-def look(head: Part, shadow: Shadow, shape: tuple[int, ...]) -> list[Leaf]:
+def look(head: Part, shadow: ShapeProbe, shape: tuple[int, ...]) -> list[Leaf]:
     """What each module of a head does with an image, in order of execution.
 
     Args:
@@ -137,7 +137,7 @@ def steps(leaves: list[Leaf]) -> list[Step]:
     return [Step(*key, tuple(dict.fromkeys(found[key]))) for key in sorted(found)]
 
 
-def restride(module: _M, stride: int, dilation: int = 1) -> _M:
+def with_stride(module: _M, stride: int, dilation: int = 1) -> _M:
     """A module with another stride, which then gives ceil(side / stride), and dilated.
 
     What is kept of the old grid keeps its values: padding grows at the right and at the bottom
@@ -161,7 +161,7 @@ def restride(module: _M, stride: int, dilation: int = 1) -> _M:
             )
         for name, child in module._modules.items():
             if child is not None and any(stride_of(part) > 1 for part in child.modules()):
-                made._modules[name] = restride(child, stride)
+                made._modules[name] = with_stride(child, stride)
         return twin_of
     kernel, padding = getattr(module, "kernel_size", None), getattr(module, "padding", None)
     changed = stride_of(module) != stride
@@ -231,7 +231,7 @@ class _Pad:
         return F.pad(args[0], self.sides, mode=self.mode, value=value), *args[1:]
 
 
-def take_out(
+def remove_strides(
     head: Part,
     side: int,
     wanted: tuple[int, int],
@@ -240,7 +240,7 @@ def take_out(
     axes: tuple[int, int] = (2, 3),
     dilated: bool = False,
     first: bool = False,
-) -> Taken:
+) -> Removal:
     """Take steps out of a head, one by one, until a small image's grid meets a wanted one.
 
     The last one first, or the first. A stride of 4 becomes 2 where that suffices; one of 3 or 7
@@ -259,18 +259,18 @@ def take_out(
     Raises:
         ValueError: images of that side cannot be taken, or a module that cannot be dilated.
     """
-    shadow = Shadow(head, known)
+    shadow = ShapeProbe(head, known)
     leaves = look(head, shadow, known)
     image = (*known[:2], side, side)
     channels = _channels(shadow.see(known).shape, axes)
 
     def grid_of(of: Part) -> tuple[tuple[int, int], str]:
-        seen = Shadow(of, like=shadow).see(image)
+        seen = ShapeProbe(of, like=shadow).see(image)
         if seen.fault or len(seen.shape) != 4 or _channels(seen.shape, axes) != channels:
             return (0, 0), seen.fault or "another map"
         return (seen.shape[axes[0]], seen.shape[axes[1]]), ""
 
-    best, strides = twin(head), dict[tuple[int, int], int]()
+    best, strides = shallow_part(head), dict[tuple[int, int], int]()
     grid, fault = grid_of(best)
     every = steps(leaves)
     vain = dict[tuple[int, int], int]()  # of tiny maps: sides are rounded up, so one alone is none
@@ -300,7 +300,7 @@ def take_out(
         for path in step.paths
         if step[:2] in strides
     }
-    return Taken(best, grid, changes)
+    return Removal(best, grid, changes)
 
 
 def _channels(shape: tuple[int, ...], axes: tuple[int, int]) -> list[int]:
@@ -321,7 +321,7 @@ def _changed(
     dilated: bool,
 ) -> Part:
     """A twin with other strides at some steps."""
-    made = twin(head)
+    made = shallow_part(head)
     new = {path: strides[s[:2]] for s in every for path in s.paths if s[:2] in strides}
     for leaf in {leaf.path: leaf for leaf in leaves}.values():
         finer = 1
@@ -338,7 +338,7 @@ def _changed(
                 "was taken out: choose start 'copied'"
             )
         if leaf.path in new or _has_kernel(module):
-            put(made, leaf.path, restride(module, stride, finer))
+            put(made, leaf.path, with_stride(module, stride, finer))
     return made
 
 

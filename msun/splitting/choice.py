@@ -110,7 +110,6 @@ class SplitChoice:
             "reference": self.reference,
             "delta": self.curve.delta,
             "growth": self.curve.growth,
-            "level": self.curve.level,
             "dip": None if self.dip is None else self.curve.layers[self.dip],
             "target": self.target,
             "doubts": self.doubts,

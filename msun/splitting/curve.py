@@ -8,7 +8,8 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
+
+from cka_probe.intervals import student_t
 
 __all__ = ["LEVEL", "Curve", "Floats", "Verdict", "chance", "told", "within"]
 
@@ -30,7 +31,6 @@ class Curve:
         high: (m,) upper ends.
         groups: of images behind the standard errors; t has groups - 1 degrees of freedom.
         delta: how far below the later maximum counts as recovered.
-        level: what CKA must stay above, for the rule that asks so.
         unbiased: False where the report says that CKA is biased.
         parameters: (m,) how many lie before each cut; nan for other layers, and where unknown.
         whole: parameters before the network's last valid cut, on the curve or not: its features,
@@ -47,7 +47,6 @@ class Curve:
     high: Floats
     groups: int = 0
     delta: float = 0.05
-    level: float = 0.8
     unbiased: bool = True
     parameters: Floats | None = None
     whole: float | None = None
@@ -125,7 +124,7 @@ def _ratio(difference: float, stderr: float, other: float) -> float:
 
 def _needed(groups: int, tests: int) -> float:
     """Standard errors that one of `tests` differences exceeds by chance in 5 % of cases at most."""
-    return float(stdtrit(groups - 1, 1 - (1 - LEVEL) / (2 * tests))) if groups >= 2 else math.nan
+    return student_t(groups, 1 - (1 - LEVEL) / tests)  # Bonferroni
 
 
 def within(apart: float, groups: int, tests: int) -> bool:

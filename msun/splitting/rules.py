@@ -12,7 +12,7 @@ import numpy as np
 
 from msun.splitting.curve import Curve, Floats, Verdict, chance, told, within
 
-__all__ = ["SPLIT_RULES", "Rule", "get_rule", "register_rule"]
+__all__ = ["SPLIT_RULES", "Rule", "get_rule"]
 
 _ROUNDING = 1e-12
 
@@ -90,49 +90,6 @@ def recovery(curve: Curve) -> Verdict:
     if not doubts and within(curve.apart(chosen, dip), curve.groups, 1):
         doubts.append(f"{curve.layers[chosen]} itself may be as low as the dip")
     return Verdict(order, scores, curve.stderr, why, tuple(doubts), seen, target)
-
-
-def threshold(curve: Curve) -> Verdict:
-    """The first cut from which on CKA stays at or above `level`.
-
-    Assumes curves that are low first and high afterwards, which measured ones are not: they fall
-    again towards the end. And the trap: a level means nothing on biased CKA, which nears 1 for any
-    features with more dimensions than images, so a biased report is refused.
-
-    Returns:
-        Scores are the lowest CKA from that cut on. No cut may be chosen where none stays above.
-        Unclear where all cuts do, and where the interval of a layer that decides holds the level.
-
-    Raises:
-        ValueError: for a biased report.
-    """
-    if not curve.unbiased:
-        raise ValueError(
-            "a threshold on biased CKA, which is high for any wide layer: unbiased=False: use "
-            "unbiased CKA"
-        )
-    m, level = len(curve.cka), curve.level
-    lowest = np.array([k + int(np.argmin(curve.cka[k:])) for k in range(m)])
-    scores = np.where(curve.is_cut, curve.cka[lowest], np.nan)
-    stderr = curve.stderr[lowest]
-    order = tuple(k for k in curve.cuts if scores[k] >= level)
-    if not order:
-        way = f"after no valid cut CKA stays at {level:g} or above: it ends at {curve.at(m - 1)}"
-        return Verdict((), scores, stderr, way, (f"no cut stays above {level:g}",), target=level)
-    chosen = order[0]
-    doubts = []
-    if chosen == curve.cuts[0]:
-        doubts.append(f"every cut stays above {level:g}")
-    least = int(lowest[chosen])
-    if curve.low[least] < level:
-        doubts.append(f"the interval of {curve.layers[least]} reaches below {level:g}")
-    earlier = [k for k in curve.cuts if k < chosen]
-    if earlier and curve.high[lowest[earlier[-1]]] >= level:
-        name = curve.layers[lowest[earlier[-1]]]
-        doubts.append(f"the interval of {name}, before the cut, reaches above it")
-    why = f"from {told(curve, chosen)} on CKA stays at {level:g} or above, its lowest value there "
-    why += f"being that of {curve.at(least)}"
-    return Verdict(order, scores, stderr, why, tuple(doubts), target=level)
 
 
 def largest_recovery(curve: Curve) -> Verdict:
@@ -216,28 +173,8 @@ def affordable(curve: Curve) -> Verdict:
 SPLIT_RULES: dict[str, Rule] = {
     "affordable": affordable,
     "recovery": recovery,
-    "threshold": threshold,
     "largest_recovery": largest_recovery,
 }
-
-
-def register_rule(name: str, rule: Rule) -> None:
-    """Make a rule known by a name.
-
-    Args:
-        name: not taken yet.
-        rule: a callable on a `Curve` that gives a `Verdict`, or (m,) scores of which the highest
-            at a cut wins (nan: may not be chosen), but is never called clear.
-
-    Raises:
-        TypeError: where the rule cannot be called.
-        ValueError: where the name is taken.
-    """
-    if not callable(rule):
-        raise TypeError(f"no rule: {rule!r:.60}: give a callable on a Curve")
-    if name in SPLIT_RULES:
-        raise ValueError(f"a rule of this name is there already: {name!r}: choose another name")
-    SPLIT_RULES[name] = rule
 
 
 def get_rule(rule: str | Rule) -> tuple[str, Callable[[Curve], Verdict]]:

@@ -29,7 +29,6 @@ def suggest_split(
     rule: str | Rule | None = None,
     view: str | int | None = None,
     delta: float = 0.05,
-    level: float = 0.8,
     growth: float = 1.0,
     costs: pd.DataFrame | None = None,
 ) -> SplitChoice:
@@ -47,12 +46,11 @@ def suggest_split(
         report: what `probe` found, of two views or more.
         cuts: what `find_cuts(model)` or `cut_points(model)` gave. The latter knows each cut by one
             name only: a block probed as "layer1.1" is then not known to be the cut "layer1".
-        rule: "affordable", "recovery", "threshold", "largest_recovery", what `register_rule` added,
+        rule: "affordable", "recovery", "largest_recovery",
             or a callable on a `Curve`; None for "affordable", or where the cuts are names, so that
             it is not known how many parameters lie before them, "recovery".
         view: whose curve; None is the smallest scale, the first view where they are no sizes.
         delta: how far below the later maximum counts as recovered, in CKA.
-        level: what CKA must stay above, for `threshold`.
         growth: the further subnets must add less than this, for `affordable`: a share of the
             parameters before the network's last valid cut, probed or not, so of its features
             without what classifies them. The sizes of the report are taken for the scales.
@@ -67,7 +65,7 @@ def suggest_split(
     Raises:
         TypeError: cuts or a rule of another kind.
         ValueError: an unknown rule or view, a report of one view, one without any of these cuts
-            (of another network, perhaps), or without values; delta or level out of range.
+            (of another network, perhaps), or without values; delta out of range.
 
     >>> from cka_probe import probe
     >>> from cka_probe.inputs import glyphs
@@ -79,12 +77,12 @@ def suggest_split(
     >>> suggest_split(report, find_cuts(glyphnet(), images[:2])).layer
     'layer3.0'
     """
-    check_options(rule, delta=delta, level=level, growth=growth)
+    check_options(rule, delta=delta, growth=growth)
     view = _view(report, view)
     known = _cuts(cuts)
     counted = all(cut.parameters >= 0 for cut in known)
     name, judge = get_rule(rule or ("affordable" if counted else "recovery"))
-    curve, tapped, empty = _curve(report, view, known, delta, level, growth)
+    curve, tapped, empty = _curve(report, view, known, delta, growth)
     verdict = judge(curve)
     own = _doubts(curve) if verdict.by_cka else []
     doubts = tuple(dict.fromkeys([*own, *verdict.doubts]))
@@ -119,25 +117,24 @@ def suggest_split(
 
 
 def check_options(
-    rule: str | Rule | None = None, *, delta: float = 0.0, level: float = 0.0, growth: float = 1.0
+    rule: str | Rule | None = None, *, delta: float = 0.0, growth: float = 1.0
 ) -> None:
     """Refuse what `suggest_split` would refuse of its options, before there is a report.
 
     Args:
         rule: as there.
         delta: likewise.
-        level: likewise.
         growth: likewise.
 
     Raises:
         TypeError: a rule of another kind.
         ValueError: an unknown rule, or a number out of range.
     """
-    numbers = {"delta": delta, "level": level, "growth": growth}
+    numbers = {"delta": delta, "growth": growth}
     for what, number in numbers.items():
         if not isinstance(number, Real) or isinstance(number, bool):
             raise ValueError(f"{what} is no number: {number!r}: give one such as 0.5")
-    for what, number in (("delta", delta), ("level", level)):
+    for what, number in (("delta", delta),):
         if not 0 <= number <= 1:
             raise ValueError(f"{what} out of range: {number}: give a difference in CKA, 0 to 1")
     if not 0 < growth < math.inf:
@@ -183,7 +180,7 @@ def _cuts(cuts: Iterable[str | Cut]) -> list[Cut]:
 
 
 def _curve(
-    report: Report, view: str, known: list[Cut], delta: float, level: float, growth: float
+    report: Report, view: str, known: list[Cut], delta: float, growth: float
 ) -> tuple[Curve, list[str], set[str]]:
     """The curve, the names under which the report holds its layers, and cuts without a value."""
     columns = {what: report.against(what=what)[view] for what in ("cka", "stderr", "low", "high")}
@@ -219,7 +216,6 @@ def _curve(
         is_cut=np.array([label in cut_of for label in tapped]),
         groups=int(report.meta.get("groups") or 0),
         delta=delta,
-        level=level,
         unbiased=report.meta.get("unbiased") is not False,
         parameters=np.array([before.get(cut_of.get(label, ""), np.nan) for label in tapped]),
         whole=whole,

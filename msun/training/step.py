@@ -16,16 +16,16 @@ from cka_probe.distributed.ranks import Ranks
 from cka_probe.inputs.views import seeded
 from msun.network.model import MSUN
 from msun.training.config import TrainConfig, groups, rate
-from msun.training.ema import Average
+from msun.training.ema import EMA
 from msun.training.losses import constraint_pairs, ensemble_distillation
 
-__all__ = ["Descent", "DivergedError", "own_tau"]
+__all__ = ["DivergedError", "TrainingStep", "default_tau"]
 
 _MAX_SKIPPED = 25  # loss scaling starts at 2**16: more halvings in a row mend nothing
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def own_tau(model: MSUN, kind: str) -> float | None:
+def default_tau(model: MSUN, kind: str) -> float | None:
     """Below what a part of the constraint counts as 0 by the network's own recipe; None: usual."""
     return (model.spec or {}).get("tau") if kind == "raw" else None
 
@@ -34,7 +34,7 @@ class DivergedError(ValueError):
     """A loss or a gradient that is not finite; the weights are those before the step."""
 
 
-class Descent:
+class TrainingStep:
     """A network, its optimiser and what else moves with every step.
 
     Args:
@@ -67,7 +67,7 @@ class Descent:
     ) -> None:
         self.model, self.config, self.ranks, self.device = model, config, ranks, device
         self.total, self.kind, self.rows, self.shards = total, kind, rows, shards
-        self.tau = own_tau(model, kind) if config.tau is None else config.tau
+        self.tau = default_tau(model, kind) if config.tau is None else config.tau
         self.warmup = round(config.warmup * total)
         after = config.distill_after
         self.distill_from = self.warmup if after is None else round(after * total)
@@ -75,7 +75,7 @@ class Descent:
         self.params: list[nn.Parameter] = [p for group in decayed for p in group["params"]]
         self.optimiser = torch.optim.SGD(decayed, lr=config.lr, momentum=config.momentum)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-        self.average = None if config.ema is None else Average(model, config.ema)
+        self.average = None if config.ema is None else EMA(model, config.ema)
         self.step, self.skipped = 0, 0
         self.sums: dict[str, float] = defaultdict(float)
 
@@ -84,7 +84,7 @@ class Descent:
         """The learning rate of the last step."""
         return rate(max(0, self.step - 1), self.total, self.warmup, self.config.lr)
 
-    def descend(self, images: Mapping[int, Tensor], labels: Tensor) -> float:
+    def run(self, images: Mapping[int, Tensor], labels: Tensor) -> float:
         """Make one step.
 
         Args:
@@ -200,7 +200,8 @@ class Descent:
             DivergedError: Weights or statistics are not finite, so no state to go on from.
         """
         for name, x in self.model.state_dict().items():
-            if x.is_floating_point() and not bool(x.isfinite().all() | (x == -math.inf).any()):
+            # -inf is what some networks keep in an attention mask; nan and inf are divergence
+            if x.is_floating_point() and not bool((x.isfinite() | (x == -math.inf)).all()):
                 raise DivergedError(f"training diverged: step {self.step}, {name} is not finite")
         return {
             "step": self.step,

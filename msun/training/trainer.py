@@ -19,7 +19,7 @@ from cka_probe.io import plain, remove_partial_files
 from cka_probe.progress import progress_bar
 from msun.data.crops import Crops, augmentation, shuffled
 from msun.data.labelled import open_labelled
-from msun.metrics import judge
+from msun.metrics import true_class_rank
 from msun.network import checkpoint, norms
 from msun.network.model import MSUN
 from msun.network.policy import is_native
@@ -27,7 +27,7 @@ from msun.training import state as train_state
 from msun.training.config import TrainConfig, refuse_other
 from msun.training.size_sampling import ranges, share
 from msun.training.state import CONFIG, METRICS, MODEL, STATE
-from msun.training.step import Descent, DivergedError, own_tau
+from msun.training.step import DivergedError, TrainingStep, default_tau
 
 __all__ = ["TrainConfig", "train"]
 
@@ -109,7 +109,7 @@ class _Run:
         self.run = plain(
             {
                 **config.options(),
-                **({"tau": own_tau(model, kind)} if config.tau is None else {}),
+                **({"tau": default_tau(model, kind)} if config.tau is None else {}),
                 "model": {"sha256": sha256, "at": model.at, "preset": model.preset},
                 "policy": asdict(model.policy),
                 "scales": list(model.scales),
@@ -124,7 +124,7 @@ class _Run:
                 "rows": rows,
             }
         )
-        self.descent = Descent(
+        self.descent = TrainingStep(
             model, config, total=self.total, kind=kind, rows=rows, shards=shards, ranks=ranks,
             device=device,
         )  # fmt: skip
@@ -172,8 +172,8 @@ class _Run:
         if rows is None:
             if outputs != classes:
                 text = f"{outputs} outputs for the {classes} classes of {self.data.name!r}"
-                way = f"give it a new head (--new-head {classes}, msun.new_head), or name rows"
-                raise ValueError(f"head does not fit the data: {text}: {way}")
+                hint = f"replace it (--classes {classes}, msun.replace_classifier), or name rows"
+                raise ValueError(f"classifier does not fit the data: {text}: {hint}")
             return None
         chosen = [int(row) for row in rows]
         good = len(set(chosen)) == len(chosen) == classes and 0 <= min(chosen) <= max(chosen)
@@ -248,14 +248,14 @@ class _Run:
             bar.leave = True
         if descent.average is not None:
             descent.average.apply()
+        spec = {k: v for k, v in (self.model.spec or {}).items() if k != "between"}
+        if self.mean is not None and self.std is not None:
+            spec |= {"mean": list(self.mean), "std": list(self.std)}
+        rows = self.run["rows"]
+        spec |= {} if rows is None else {"rows": rows}  # `evaluate` reads it
+        spec |= {"between": self.between} if self.between else {}  # `calibrate` reads it
+        self.model.spec = {**spec, "classes": list(self.data.classes)}  # on every process
         if self.ranks.first:
-            spec = {k: v for k, v in (self.model.spec or {}).items() if k != "between"}
-            if self.mean is not None and self.std is not None:
-                spec |= {"mean": list(self.mean), "std": list(self.std)}
-            rows = self.run["rows"]
-            spec |= {} if rows is None else {"rows": rows}  # so that `evaluate` need not be told
-            spec |= {"between": self.between} if self.between else {}  # `calibrate` asks for it
-            self.model.spec = {**spec, "classes": list(self.data.classes)}
             extra = {"rows": rows, "run": self.run}
             checkpoint.save(self.model, self.out / MODEL, extra=extra)
             (self.out / STATE).unlink(missing_ok=True)
@@ -287,7 +287,7 @@ class _Run:
         stream = self.crops.batches(todo, epoch=epoch, workers=config.workers, firsts=firsts)
         with closing(stream):
             for images, labels in stream:
-                loss = descent.descend(images, labels)
+                loss = descent.run(images, labels)
                 bar.set_postfix(loss=f"{loss:.3f}", lr=f"{descent.lr:.3g}", refresh=False)
                 bar.update()
                 now = time.perf_counter()
@@ -342,7 +342,7 @@ class _Run:
                     for k, side in enumerate(scales):
                         logits = self.model(images[side].to(self.device))
                         logits = logits if rows is None else logits[:, rows]
-                        hits[k] += (judge(logits, labels.to(self.device))[0] == 0).sum()
+                        hits[k] += (true_class_rank(logits, labels.to(self.device))[0] == 0).sum()
         self.ranks.sum([hits])
         shares = (hits.double() / len(self.val)).tolist()
         return {f"top1_{side}": share for side, share in zip(scales, shares, strict=True)}

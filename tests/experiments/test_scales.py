@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from msun.training.step import Descent
+from msun.training.step import TrainingStep
 
 pytestmark = pytest.mark.usefixtures("at_the_root")
 
@@ -34,18 +34,18 @@ def test_a_killed_run_goes_on_and_everything_is_drawn_from_the_tables(tmp_path, 
     for arm in ("lean", "lean+small", "single"):
         whole.execute(short(arm))
 
-    killed, descend = bench(tmp_path / "killed"), Descent.descend
+    killed, descend = bench(tmp_path / "killed"), TrainingStep.descend
 
     def until_the_second_epoch(self, *args):
         if self.step == 5:
             raise KeyboardInterrupt
         return descend(self, *args)
 
-    monkeypatch.setattr(Descent, "descend", until_the_second_epoch)
+    monkeypatch.setattr(TrainingStep, "run", until_the_second_epoch)
     with pytest.raises(KeyboardInterrupt):
         killed.execute(short("single"))
     assert killed.ledger.done() == set()
-    monkeypatch.setattr(Descent, "descend", descend)
+    monkeypatch.setattr(TrainingStep, "run", descend)
     killed.execute(short("single"))
     a, b = (x.ledger.read("runs").query("run == 'single'") for x in (killed, whole))
     assert a["top1"].tolist() == b["top1"].tolist()

@@ -16,7 +16,7 @@ from msun import Predictions, build, calibrate, evaluate, find_cuts, recalibrate
 from msun.cli import main as cli
 from msun.network import checkpoint
 from msun.network.policy import POLICIES, Policy
-from msun.training.step import Descent
+from msun.training.step import TrainingStep
 from msun.training.trainer import train
 
 CUDA = torch.device("cuda")
@@ -109,7 +109,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch, amp, then):
     before = torch.cuda.get_rng_state()
     whole, _ = run(tmp_path / "whole", device="cuda", amp=amp)
     assert torch.equal(torch.cuda.get_rng_state(), before)
-    descend, stop, made = Descent.descend, [7], []
+    descend, stop, made = TrainingStep.run, [7], []
 
     def interrupted(self, *args):
         if self.step in stop:
@@ -117,7 +117,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch, amp, then):
         made.append(self.step)
         return descend(self, *args)
 
-    monkeypatch.setattr(Descent, "descend", interrupted)
+    monkeypatch.setattr(TrainingStep, "run", interrupted)
     half = tmp_path / "half"
     with pytest.raises(KeyboardInterrupt):
         run(half, device="cuda", amp=amp, save_every_s=0)
@@ -224,8 +224,8 @@ def test_the_command_line_takes_the_card_unless_told(tmp_path):
 
 
 def test_a_head_is_made_anew_on_the_card():
-    from msun import new_head
+    from msun import replace_classifier
 
-    made = new_head(nn.Sequential(*backbone()).to(CUDA), 7)
+    made = replace_classifier(nn.Sequential(*backbone()).to(CUDA), 7)
     assert homes(made) == {"cuda"}
     assert logits(made, sides(16))[0].shape == (3, 7)

@@ -7,14 +7,20 @@ import pytest
 import torch
 from scipy import stats
 
-from msun.metrics import Predictions, accuracy, drawn_sides, judge, student_interval, wilson
+from msun.metrics import (
+    Predictions,
+    accuracy,
+    drawn_sides,
+    true_class_rank,
+    wilson_interval,
+)
 
 
 def test_ranks_equal_those_of_sorting():
     torch.manual_seed(0)
     logits = torch.randint(0, 6, (200, 9)).float()  # many ties
     labels = torch.randint(0, 9, (200,))
-    rank, predicted = judge(logits, labels)
+    rank, predicted = true_class_rank(logits, labels)
     for row, label, place, first in zip(logits.tolist(), labels.tolist(), rank, predicted,
                                         strict=True):  # fmt: skip
         order = sorted(range(9), key=lambda k: (-row[k], k))
@@ -23,7 +29,7 @@ def test_ranks_equal_those_of_sorting():
 
 
 def test_a_network_that_says_nothing_is_right_by_chance():
-    rank, predicted = judge(torch.zeros(60, 6), torch.arange(60) % 6)
+    rank, predicted = true_class_rank(torch.zeros(60, 6), torch.arange(60) % 6)
     assert (rank == 0).float().mean() == pytest.approx(1 / 6)
     assert predicted.tolist() == [0] * 60
 
@@ -32,8 +38,8 @@ def test_a_network_that_says_nothing_is_right_by_chance():
 @pytest.mark.parametrize(("correct", "n"), [(0, 1), (1, 1), (0, 50), (3, 50), (49, 50), (50, 50),
                                             (4321, 10000)])  # fmt: skip
 def test_wilson_equals_scipy(correct, n, level):
-    wanted = stats.binomtest(correct, n).proportion_ci(level, method="wilson")
-    low, high = wilson(correct, n, level)
+    wanted = stats.binomtest(correct, n).proportion_ci(level, method="wilson_interval")
+    low, high = wilson_interval(correct, n, level)
     assert (low, high) == pytest.approx((wanted.low, wanted.high), abs=1e-12)
     assert low >= 0
     assert high <= 1
@@ -45,39 +51,33 @@ def test_wilson_covers():
     for p in (0.05, 0.5, 0.9):
         k = np.arange(201)
         chance = stats.binom.pmf(k, 200, p)
-        hit = [low <= p <= high for low, high in (wilson(int(c), 200) for c in k)]
+        hit = [low <= p <= high for low, high in (wilson_interval(int(c), 200) for c in k)]
         assert 0.93 < chance[hit].sum() < 0.97
 
 
 @pytest.mark.parametrize("bad", [(-1, 5), (6, 5)])
 def test_impossible_counts(bad):
     with pytest.raises(ValueError, match="impossible count"):
-        wilson(*bad)
+        wilson_interval(*bad)
 
 
 @pytest.mark.parametrize("level", [0, 1, -1, 95, math.nan])
 def test_impossible_levels(level):
     with pytest.raises(ValueError, match="bad level"):
-        wilson(1, 2, level)
+        wilson_interval(1, 2, level)
 
 
 def test_nothing_counted_is_nan():
-    assert all(map(math.isnan, wilson(0, 0)))
+    assert all(map(math.isnan, wilson_interval(0, 0)))
     assert math.isnan(accuracy(np.zeros(0, dtype=np.int64), 10)["top1"])
-
-
-def test_student_interval_equals_scipy():
-    low, high = student_interval(0.8, 0.02, 9)
-    assert (low, high) == pytest.approx(stats.t.interval(0.95, 8, loc=0.8, scale=0.02))
-    assert all(map(math.isnan, student_interval(0.8, 0.02, 1)))
 
 
 def test_accuracy_counts():
     ranks = np.array([0, 0, 4, 5, 9, 0])
     found = accuracy(ranks, 10)
     assert (found["n"], found["top1"], found["top5"]) == (6, 0.5, 4 / 6)
-    assert (found["top1_low"], found["top1_high"]) == wilson(3, 6)
-    assert (found["top5_low"], found["top5_high"]) == wilson(4, 6)
+    assert (found["top1_low"], found["top1_high"]) == wilson_interval(3, 6)
+    assert (found["top5_low"], found["top5_high"]) == wilson_interval(4, 6)
     few = accuracy(np.array([0, 3, 1]), 4)
     assert few["top1"] == 1 / 3
     assert all(math.isnan(few[name]) for name in ("top5", "top5_low", "top5_high"))

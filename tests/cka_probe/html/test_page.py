@@ -205,7 +205,8 @@ def test_contrast(opened, scheme):
       while (clear(ground) && ground.parentElement) ground = ground.parentElement;
       return [getComputedStyle(element).color, getComputedStyle(ground).backgroundColor].map(parse);
     })"""
-    texts = "h1, .sub, .headline, .detail, .caveat, .note, #heatmap th, #heatmap td:not(.nan), .plot .x, dt, dd"
+    texts = "h1, .sub, .headline, .detail, .caveat, .note, "
+    texts += "#heatmap th, #heatmap td:not(.nan), .plot .x, dt, dd"
     with opened(made(), color_scheme=scheme) as tab:
         for turn in range(2):
             pairs = tab.evaluate(colours, f"{texts}, .legend button, #table td, #theme, select")

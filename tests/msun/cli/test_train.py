@@ -11,7 +11,7 @@ from training import NET
 from msun.cli import main as cli
 from msun.cli import train as cli_train
 from msun.network import checkpoint
-from msun.training.step import Descent
+from msun.training.step import TrainingStep
 
 
 @pytest.fixture
@@ -119,19 +119,19 @@ def test_ctrl_c_names_what_goes_on(capsys, tmp_path, monkeypatch):
     words = ["train", "--model", "glyphnet", "--at", "auto", "--scales", "16,32", "--data",
              "glyphs", "--images", "70", "--max-steps", "4", "--batch-size", "8", "--out",
              str(tmp_path / "out"), "--quiet"]  # fmt: skip
-    descend = Descent.descend
+    descend = TrainingStep.run
 
     def interrupted(self, *args):
         if self.step == 2:
             raise KeyboardInterrupt
         return descend(self, *args)
 
-    monkeypatch.setattr(Descent, "descend", interrupted)
+    monkeypatch.setattr(TrainingStep, "run", interrupted)
     assert cli.main([*words, "--save-every", "0"]) == 130
     said = capsys.readouterr().err
     assert said == "msun: interrupted: Ctrl-C: run again with --resume to continue\n"
     assert {p.name for p in (tmp_path / "out").iterdir()} >= {"state.pt", "split.json"}
-    monkeypatch.setattr(Descent, "descend", descend)
+    monkeypatch.setattr(TrainingStep, "run", descend)
     assert cli.main([*words, "--resume"]) == 0
     assert (tmp_path / "out" / "split.json").exists()
     (tmp_path / "out" / "split.json").write_text("as it was")
@@ -139,7 +139,7 @@ def test_ctrl_c_names_what_goes_on(capsys, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "split.json").read_text() == "as it was"
     capsys.readouterr()
     words[words.index("--out") + 1] = str(tmp_path / "other")
-    monkeypatch.setattr(Descent, "descend", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(TrainingStep, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(words) == 130
     assert capsys.readouterr().err == "msun: interrupted: Ctrl-C: run again\n"
     assert not (tmp_path / "other").exists()

@@ -15,7 +15,7 @@ from cka_probe.probing.api import probe
 from msun import Predictions, build, compare, evaluate
 from msun.data.labelled import open_labelled
 from msun.evaluation.classes import feeding
-from msun.metrics import drawn_sides, wilson
+from msun.metrics import drawn_sides, wilson_interval
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_it_equals_one_image_at_a_time(photos, tmp_path, feed):
         right = int((rank == 0).sum())
         row = frame.iloc[k]
         assert (row["n"], row["top1"]) == (20, right / 20)
-        assert (row["top1_low"], row["top1_high"]) == wilson(right, 20)
+        assert (row["top1_low"], row["top1_high"]) == wilson_interval(right, 20)
         assert math.isnan(row["top5"])  # of three classes
         assert row["gmacs"] == macs_by_hand(int(row["fed_px"])) / 1e9
         assert row["params_m"] == sum(p.numel() for p in net.parameters()) / 1e6

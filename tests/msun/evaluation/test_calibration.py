@@ -155,7 +155,7 @@ def test_heads_and_trunk_of_an_msun(preset, tmp_path):
     shown = torch.stack([View(12)(image) for image in batch])
     scale = net.route(12, 12)
     with torch.no_grad():
-        head, seen = net.head(scale), []
+        head, seen = net.subnet(scale), []
         hook = head.get_submodule("conv1").register_forward_hook(lambda *a: seen.append(a[-1]))
         net.features(shown)
         hook.remove()

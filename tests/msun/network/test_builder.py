@@ -116,7 +116,7 @@ def test_norms_by_choice():
         net = msun.build(glyphnet(), "layer1", (16, 32, 64), **choices)
         return [
             {tuple(m.norms) for m in part.modules() if isinstance(m, SizedNorm)}
-            for part in (net.heads["64"], net.tail)
+            for part in (net.subnets["64"], net.tail)
         ]
 
     each, one = ("16", "32", "64"), ("all",)
@@ -153,14 +153,14 @@ def test_starts():
         start: msun.build(backbone, "layer1", (32, 64), merge="full", start=start)
         for start in ("copied", "resampled", "dilated")
     }
-    kernels = {s: net.head(32).get_submodule("stem.0").weight for s, net in starts.items()}
+    kernels = {s: net.subnet(32).get_submodule("stem.0").weight for s, net in starts.items()}
     assert torch.equal(kernels["copied"], kernel)
     assert torch.equal(kernels["dilated"], kernel)
     assert torch.equal(kernels["resampled"], kernel)  # 3 x 3 is the least
     x = noise(2, 32)
     with torch.no_grad():
-        old = starts["copied"].head(64)(x)
-        new = {s: net.head(32)(x)[..., ::2, ::2] for s, net in starts.items()}
+        old = starts["copied"].subnet(64)(x)
+        new = {s: net.subnet(32)(x)[..., ::2, ::2] for s, net in starts.items()}
     torch.testing.assert_close(new["dilated"], old, rtol=1e-4, atol=1e-4)
     assert (new["copied"] - old).abs().max() > 0.1
     assert {net.origin.start for net in starts.values()} == set(starts)
@@ -169,10 +169,10 @@ def test_starts():
 def test_a_wide_first_kernel_is_resampled_to_the_scale():
     model = zoo.build("resnet18").eval()
     net = msun.build(model, "layer1", (32, 64), start="resampled")
-    new = net.head(32).conv1.weight
+    new = net.subnet(32).conv1.weight
     torch.testing.assert_close(new[..., 2:5, 2:5], resampled(model.conv1.weight, (3, 3)))
     assert new[..., :2, :].abs().max() == 0
-    assert torch.equal(net.head(64).conv1.weight, model.conv1.weight)
+    assert torch.equal(net.subnet(64).conv1.weight, model.conv1.weight)
 
 
 def test_what_a_loaded_model_brings():

@@ -25,7 +25,7 @@ def test_only_the_last_layer_is_new(name):
     if name.startswith("timm:"):
         pytest.importorskip("timm")
     model = load_model(name, "none").model
-    made = msun.new_head(model, 7)
+    made = msun.replace_classifier(model, 7)
     own, new = model.state_dict(), made.state_dict()
     assert own.keys() == new.keys()
     changed = {key.rpartition(".")[0] for key in own if not torch.equal(own[key], new[key])}
@@ -40,7 +40,7 @@ def test_only_the_last_layer_is_new(name):
 def test_the_seed_draws_it_and_the_global_state_is_left():
     model = torchvision.models.resnet18()
     state = torch.get_rng_state()
-    one, again, other = (msun.new_head(model, 3, seed=s).fc.weight for s in (1, 1, 2))
+    one, again, other = (msun.replace_classifier(model, 3, seed=s).fc.weight for s in (1, 1, 2))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
     assert torch.equal(state, torch.get_rng_state())
@@ -49,9 +49,9 @@ def test_the_seed_draws_it_and_the_global_state_is_left():
 def test_refused_where_there_is_none():
     tokens = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Softmax(1))
     with pytest.raises(ValueError, match=r"^no classifier to make new: Sequential does not end"):
-        msun.new_head(tokens, 3)
+        msun.replace_classifier(tokens, 3)
     with pytest.raises(ValueError, match=r"^bad number of classes: 0: "):
-        msun.new_head(tokens, 0)
+        msun.replace_classifier(tokens, 0)
 
 
 @pytest.fixture
@@ -76,12 +76,12 @@ def test_the_commands_of_the_readme_fit_a_folder_of_ones_own(place, capsys):
     ]  # fmt: skip
     assert main(words) == 2
     said = capsys.readouterr().err
-    (way,) = re.findall(r"--new-head \d+", said)
+    (way,) = re.findall(r"--classes \d+", said)
     assert main([*words, *way.split()]) == 0
     net = msun.load(place / "run" / "model.pt")
-    assert net.classes == 3
+    assert net.num_classes == 3
     assert net.spec["new_head"] == 3
     trained = torch.load(place / "w.pt", weights_only=True)["features.0.weight"]
-    assert not torch.equal(net.heads["40"].state_dict()["features.0.weight"], trained)
+    assert not torch.equal(net.subnets["40"].state_dict()["features.0.weight"], trained)
     rows = ["eval", str(place / "run" / "model.pt"), "--data", str(place / "data")]
     assert main([*rows, "--sizes", "24,40", "--out", str(place / "eval")]) == 0

@@ -142,14 +142,13 @@ def test_what_the_trunk_gets(lean):
         z = lean.features(noise(2, h, w))
         assert (plan.scale, plan.merged) == (scale, merged)
         assert z.shape == (2, 16, *merged)
-        logits = lean.classify(z, plan.scale, (h, w))
-        assert torch.equal(logits, lean(noise(2, h, w)))
+        logits = lean(noise(2, h, w))
         both = lean.step(noise(2, h, w), plan.scale)
         assert torch.equal(both[0], logits)
         assert torch.equal(both[1], z)
     native = msun.build(glyphnet(), "layer1", SCALES, inputs="native")
     assert native.plan(40).merged == (20, 20)
-    head = native.head(16)(noise(2, 24))
+    head = native.subnet(16)(noise(2, 24))
     wanted = F.interpolate(head, (16, 16), mode="bilinear", antialias=True)
     assert torch.equal(native.features(noise(2, 24), 16), wanted)
 
@@ -178,7 +177,7 @@ def test_channels_last():
     assert net.origin.changes == {16: "", 32: ""}
     net = msun.build(backbone, "norm", (16, 32), preset="paper")
     assert net.origin.changes[16] == "patch stride 4 -> 2"
-    z = net.head(16)(noise(2, 20))
+    z = net.subnet(16)(noise(2, 20))
     assert z.shape == (2, 10, 10, 6)
     wanted = F.interpolate(z.permute(0, 3, 1, 2), (8, 8), mode="bilinear").permute(0, 2, 3, 1)
     assert torch.equal(net.features(noise(2, 20), 16), wanted)
@@ -241,7 +240,7 @@ def test_an_error_that_is_not_the_sizes_is_passed_on(lean):
     def broken(*_):
         raise RuntimeError("out of something")
 
-    net.heads["64"].register_forward_pre_hook(broken)
+    net.subnets["64"].register_forward_pre_hook(broken)
     with pytest.raises(RuntimeError, match="out of something"):
         net(noise(1, 64))
 
@@ -251,8 +250,8 @@ def test_gradients_stay_with_the_scale_that_was_trained():
     logits, z = net.step(noise(4, 16), 16)
     (logits.square().mean() + z.mean()).backward()
     touched = {name for name, p in net.named_parameters() if p.grad is not None}
-    assert not any(name.startswith(("heads.32", "heads.64")) for name in touched)
-    assert {n for n in dict(net.named_parameters()) if n.startswith("heads.16")} <= touched
+    assert not any(name.startswith(("subnets.32", "subnets.64")) for name in touched)
+    assert {n for n in dict(net.named_parameters()) if n.startswith("subnets.16")} <= touched
     norms = {n for n in touched if ".norms." in n and n.startswith("tail")}
     assert norms
     assert all(".norms.16." in n for n in norms)
@@ -268,15 +267,15 @@ def test_shared_subnets_train_one_set_of_weights():
     before = net(x)
     with torch.no_grad():
         for name, p in net.named_parameters():
-            if name == "heads.64.stem.0.weight":
+            if name == "subnets.64.stem.0.weight":
                 p.mul_(2)
     assert not torch.allclose(net(x), before)
-    twin = copy.deepcopy(net).double()
-    assert torch.allclose(twin(x.double()).float(), net(x), atol=1e-5)
+    double = copy.deepcopy(net).double()
+    assert torch.allclose(double(x.double()).float(), net(x), atol=1e-5)
     net.train()
-    assert net.head(16).training
+    assert net.subnet(16).training
     net.eval()
-    assert not net.head(16).training
+    assert not net.subnet(16).training
 
 
 def test_statistics_of_further_sizes_are_used_and_copied(lean):
@@ -285,8 +284,8 @@ def test_statistics_of_further_sizes_are_used_and_copied(lean):
     before = net(images), net(other)
     n, count = recalibrate(net, images.split(4), 24)
     assert n == 8
-    assert count == len(sized_norms(net.head(32))) + len(sized_norms(net.tail))
-    assert net.calibrated == net.size_keys == ((24, 24),)
+    assert count == len(sized_norms(net.subnet(32))) + len(sized_norms(net.tail))
+    assert net.calibrated == ((24, 24),)
     assert not torch.allclose(net(images), before[0])
     assert torch.equal(net(other), before[1])
     assert torch.equal(copy.deepcopy(net)(images), net(images))
@@ -322,7 +321,7 @@ def test_resizing_a_map():
 def test_it_tells_what_it_is(lean):
     assert isinstance(lean, MSUN)
     assert (lean.scales, lean.reference, lean.at, lean.preset) == (SCALES, 64, "layer1", "lean")
-    assert (lean.classes, lean.output_shape) == (62, (1, 62))
+    assert (lean.num_classes, lean.output_shape) == (62, (1, 62))
     assert "lean at 'layer1' for 16, 32, 64 px" in repr(lean)
     assert lean.origin.changes == {16: "stem.0 stride 2 -> 1", 32: "", 64: ""}
     assert lean.origin.subnets == "strides taken out"

@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 import msun
-from msun.network.paper import hand_made, recipe_of
+from msun.network.paper import paper_recipe, paper_subnet
 from msun.network.shape_probe import parameter_count
 
 SCALES = (32, 128, 224)
@@ -98,29 +98,29 @@ def test_elsewhere_it_says_why_they_are_not_hand_made(name, at, scales, choices,
 
 def test_a_changed_backbone_is_not_taken_for_the_papers():
     net = stock("resnet50")
-    assert recipe_of(net, ("layer1",), SCALES)[0] is not None
+    assert paper_recipe(net, ("layer1",), SCALES)[0] is not None
     net.fc = nn.Linear(2048, 10)  # other classes are no change
-    assert recipe_of(net, ("layer1",), SCALES)[0] is not None
+    assert paper_recipe(net, ("layer1",), SCALES)[0] is not None
     net.layer4[2].conv2.stride = (2, 2)
-    assert recipe_of(net, ("layer1",), SCALES)[0] is None
-    assert recipe_of(stock("resnet101"), ("layer1",), SCALES)[0] is None
+    assert paper_recipe(net, ("layer1",), SCALES)[0] is None
+    assert paper_recipe(stock("resnet101"), ("layer1",), SCALES)[0] is None
 
 
 def test_small_kernels_come_from_the_old_one():
     torch.manual_seed(0)
     net = torchvision.models.resnet50(weights=None).eval()
     head, _ = msun.cut(net, "layer1", torch.randn(2, 3, 64, 64))
-    recipe = recipe_of(net, ("layer1",), SCALES)[0]
+    recipe = paper_recipe(net, ("layer1",), SCALES)[0]
     weight = net.conv1.weight
     for resample in (False, True):
-        small = hand_made(recipe, head, 32, resample=resample)
+        small = paper_subnet(recipe, head, 32, resample=resample)
         kernel = small.conv1.weight
         assert kernel.shape == (64, 3, 3, 3)
         assert torch.equal(kernel, weight[..., 2:5, 2:5]) is not resample
         assert isinstance(small.maxpool, nn.Identity)
         assert small(torch.randn(1, 3, 32, 32)).shape == (1, 256, 34, 34)
     assert isinstance(head.maxpool, nn.MaxPool2d)
-    assert hand_made(recipe, head, 224, resample=False).conv1 is head.conv1
+    assert paper_subnet(recipe, head, 224, resample=False).conv1 is head.conv1
 
 
 @pytest.mark.parametrize(
@@ -130,18 +130,18 @@ def test_small_kernels_come_from_the_old_one():
 def test_the_raw_constraint_counts_from_the_papers_own_tau(name, tau, tmp_path):
     from cka_probe.distributed.ranks import Ranks
     from msun.training.losses import constraint_pairs
-    from msun.training.step import Descent
+    from msun.training.step import TrainingStep
 
     net, config = built(name, "paper"), msun.TrainConfig(out=tmp_path)
     how = {"total": 1, "rows": None, "shards": 1, "ranks": Ranks(), "device": torch.device("cpu")}
-    found = Descent(net, config, kind="raw", **how).tau
+    found = TrainingStep(net, config, kind="raw", **how).tau
     z = torch.zeros(1, 1, 4, 4)
     for mse, counts in ((0.9 * tau, False), (1.1 * tau, True)):
         (value,) = constraint_pairs({32: z, 64: z + mse**0.5}, "raw", tau=found).values()
         assert (value > 0) == counts
-    assert Descent(net, config, kind="normalised", **how).tau is None
+    assert TrainingStep(net, config, kind="normalised", **how).tau is None
     chosen = msun.TrainConfig(out=tmp_path, tau=0.5)
-    assert Descent(net, chosen, kind="raw", **how).tau == 0.5
+    assert TrainingStep(net, chosen, kind="raw", **how).tau == 0.5
 
 
 def test_replaced_convolutions_stay_frozen():

@@ -5,7 +5,6 @@ from decimal import Decimal, getcontext
 
 import pytest
 
-from msun.network import policy
 from msun.network.policy import (
     POLICIES,
     Policy,
@@ -127,16 +126,6 @@ def test_presets_and_their_choices():
         lean.but(merge="half")
     with pytest.raises(ValueError, match=r"^unknown preset: 'x': choose 'paper' or 'lean'"):
         policy_of("x")
-
-
-def test_a_preset_can_be_added_once(monkeypatch):
-    monkeypatch.setattr(policy, "POLICIES", dict(POLICIES))
-    policy.register("mine", Policy(subnets="shared"))
-    assert policy_of("mine").subnets == "shared"
-    for name in ("mine", "lean"):
-        with pytest.raises(ValueError, match=f"^preset name is taken: '{name}': "):
-            policy.register(name, Policy())
-    assert policy_of("lean") == Policy(inputs="small", strides="first")
 
 
 def test_scales_are_sorted_and_checked():

@@ -8,11 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import msun
-from msun.network.functional_layers import Convolve, settled
+from msun.network.functional_layers import Convolve, with_functional_modules
 from msun.network.kernel_resize import centred, resample_first, resampled
-from msun.network.shallow_copy import branch, put, twin
-from msun.network.shape_probe import Shadow
-from msun.network.stride_removal import look, restride, steps, take_out
+from msun.network.shallow_copy import copy_path, put, shallow_part
+from msun.network.shape_probe import ShapeProbe
+from msun.network.stride_removal import look, remove_strides, steps, with_stride
 
 SIDE = 64
 
@@ -47,7 +47,7 @@ def head_of(*layers):
 
 
 def taken(head, side, wanted, **options):
-    return take_out(head, side, (wanted, wanted), known=(1, 3, SIDE, SIDE), **options)
+    return remove_strides(head, side, (wanted, wanted), known=(1, 3, SIDE, SIDE), **options)
 
 
 STEM = nn.Conv2d(3, 4, 7, 2, 3)
@@ -59,7 +59,7 @@ def stem():
 
 def test_a_step_is_all_that_reduces_one_grid():
     head = head_of(*stem())
-    leaves = look(head, Shadow(head, (1, 3, SIDE, SIDE)), (1, 3, SIDE, SIDE))
+    leaves = look(head, ShapeProbe(head, (1, 3, SIDE, SIDE)), (1, 3, SIDE, SIDE))
     found = [(step.jump, step.stride, set(step.paths)) for step in steps(leaves)]
     assert found == [
         (1, 2, {"0.0"}),
@@ -111,7 +111,7 @@ def test_tiny_maps_lose_several_steps_at_once(first):
 @pytest.mark.parametrize("side", [16, 19])
 def test_a_stride_taken_out_keeps_the_grid_and_its_pixels(layer, side):
     layer, x = layer.double(), noise(2, side)
-    old, same = layer(x), restride(layer, 1)(x)
+    old, same = layer(x), with_stride(layer, 1)(x)
     assert same.shape[-2:] == x.shape[-2:]
     s = layer.stride[0] if isinstance(layer.stride, tuple) else layer.stride
     kept = same[:, :, ::s, ::s][:, :, : side // s - 1, : side // s - 1]  # whole windows only
@@ -119,7 +119,7 @@ def test_a_stride_taken_out_keeps_the_grid_and_its_pixels(layer, side):
         kept, old[:, :, : kept.shape[2], : kept.shape[3]], rtol=0, atol=1e-12
     )
     if s == 4:
-        assert restride(layer, 2)(x).shape[-1] == (side + 1) // 2
+        assert with_stride(layer, 2)(x).shape[-1] == (side + 1) // 2
 
 
 def test_a_stride_of_4_becomes_2_where_that_suffices():
@@ -182,7 +182,7 @@ class Functions(nn.Module):
 def test_functions_become_layers_whose_stride_can_go():
     head = head_of(Functions())
     x = noise(2, 32)
-    made = settled(head)
+    made = with_functional_modules(head)
     for mode in (True, False):
         made.train(mode), head.train(mode)
         assert torch.equal(made(x), head(x))
@@ -191,7 +191,7 @@ def test_functions_become_layers_whose_stride_can_go():
     assert made.state_dict().keys() == head.state_dict().keys()
     assert [taken(made, 32, w).grid[0] for w in (4, 8, 16, 32)] == [4, 8, 16, 32]
     assert torch.equal(made(x), head(x))
-    assert settled(head_of(nn.Conv2d(3, 4, 3))) is not None
+    assert with_functional_modules(head_of(nn.Conv2d(3, 4, 3))) is not None
 
 
 def test_functions_with_settings_from_data_stay():
@@ -200,7 +200,7 @@ def test_functions_with_settings_from_data_stay():
             return F.avg_pool2d(x, x.shape[2] // 8)
 
     head = head_of(nn.Conv2d(3, 4, 1), Sized())
-    assert settled(head) is head
+    assert with_functional_modules(head) is head
 
 
 def test_a_step_that_cannot_go_stays_and_the_one_before_goes():
@@ -242,10 +242,10 @@ def test_a_twin_shares_parameters_for_good_and_keeps_its_own_strides():
 
 def test_putting_into_a_twin_leaves_the_head_alone():
     head = head_of(*stem())
-    made = twin(head)
+    made = shallow_part(head)
     put(made, "0.2.conv", nn.Identity())
     assert isinstance(head.get_submodule("0.2.conv"), nn.Conv2d)
-    branch(made, "0.0").stride = (9, 9)
+    copy_path(made, "0.0").stride = (9, 9)
     assert head.get_submodule("0.0").stride == (2, 2)
     assert made.get_submodule("0.0").weight is head.get_submodule("0.0").weight
 

@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from cka_probe.plot.figures import save_figure
-from msun.metrics import wilson
+from msun.metrics import wilson_interval
 from msun.plot import evaluation as plot
 
 pytestmark = pytest.mark.usefixtures("agg")
@@ -30,7 +30,7 @@ def made(arms, sizes, mixed=False, n=500, gmacs=4.0):
             side = size or 50
             share = 0.95 - 0.6 * np.exp(-3 * side / max(sizes)) - 0.03 * k
             correct = int(share * n)
-            low, high = wilson(correct, n)
+            low, high = wilson_interval(correct, n)
             rows.append({"arm": arm, "size_px": size, "top1": correct / n, "top1_low": low,
                          "top1_high": high, "top5": np.nan,
                          "gmacs": gmacs * (side / max(sizes)) ** 2 * (1 + 0.3 * k)})  # fmt: skip

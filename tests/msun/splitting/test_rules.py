@@ -27,13 +27,6 @@ def oracle_recovery(c):
     return None
 
 
-def oracle_threshold(c):
-    for k in range(len(c.cka)):
-        if c.is_cut[k] and all(value >= c.level for value in c.cka[k:]):
-            return k
-    return None
-
-
 def oracle_largest(c):
     cuts = [k for k in range(len(c.cka)) if c.is_cut[k]]
     rises = {b: c.cka[b] - c.cka[a] for a, b in pairwise(cuts)}
@@ -44,7 +37,6 @@ def oracle_largest(c):
     ("rule", "oracle"),
     [
         ("recovery", oracle_recovery),
-        ("threshold", oracle_threshold),
         ("largest_recovery", oracle_largest),
     ],
 )
@@ -56,7 +48,7 @@ def test_rules_agree_with_oracles_on_random_curves(rule, oracle):
         values = np.cumsum(generator.normal(0, 0.08, m)) + 0.8
         is_cut = generator.random(m) < 0.6
         half = generator.random(m) * 0.1
-        c = curve(values, is_cut, half, delta=generator.choice([0, 0.05, 0.2]), level=0.7)
+        c = curve(values, is_cut, half, delta=generator.choice([0, 0.05, 0.2]))
         verdict = get_rule(rule)[1](c)
         reach = [k for k in verdict.order if rule != "recovery" or c.high[k] >= verdict.target]
         assert (reach[0] if reach else None) == oracle(c)
@@ -100,16 +92,12 @@ def test_recovery_on_the_authors_curves_agrees_with_one_cut_of_four():
 
 
 def test_rivals_on_the_authors_curves():
-    for rule, blocks in (("largest_recovery", [2, 2, 2, 3]), ("threshold", [None] * 4)):
+    for rule, blocks in (("largest_recovery", [2, 2, 2, 3]),):
         found = [
             suggest_split(report(values, 0.001), names(5), rule=rule).layer
             for values, _ in AUTHORS.values()
         ]
         assert [name and int(name.split(".")[1]) + 1 for name in found] == blocks
-    # the curves fall at the end: the only level that is kept is below the last block's
-    low = suggest_split(report(AUTHORS["resnet50"][0]), names(5), rule="threshold", level=0.35)
-    assert low.layer == "features.0"
-    assert not low.clear
 
 
 def test_recovery_on_the_nineteen_features_of_mobilenet():
@@ -275,22 +263,8 @@ def test_two_rises_alike_are_not_clear():
     assert (lone.layer, lone.doubts) == (None, ("no two cuts to compare",))
 
 
-def test_threshold_says_where_the_level_lies_in_an_interval():
-    values = [0.5, 0.79, 0.9, 0.82, 0.95]
-    c = suggest_split(report(values, 0.002), names(5), rule="threshold")
-    assert (c.layer, c.clear, c.score) == ("features.2", True, 0.82)
-    wide = suggest_split(report(values, 0.02), names(5), rule="threshold")
-    assert wide.layer == "features.2"
-    assert wide.doubts == (
-        "the interval of features.3 reaches below 0.8",
-        "the interval of features.1, before the cut, reaches above it",
-    )
-
-
-def test_biased_cka_is_refused_by_threshold_and_unclear_for_the_rest():
+def test_biased_cka_is_unclear():
     biased = report(RESTORED, 0.002, unbiased=False)
-    with pytest.raises(ValueError, match=r"^a threshold on biased CKA.*: unbiased=False: use"):
-        suggest_split(biased, names(19), rule="threshold")
     for rule in ("recovery", "largest_recovery"):
         choice = suggest_split(biased, names(19), rule=rule)
         assert not choice.clear

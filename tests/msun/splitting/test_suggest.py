@@ -13,7 +13,7 @@ import msun
 from cka_probe import Report
 from msun.cutting.cuts import Cut
 from msun.splitting.curve import Curve, Verdict
-from msun.splitting.rules import SPLIT_RULES, register_rule
+from msun.splitting.rules import SPLIT_RULES
 from msun.splitting.suggest import suggest_split
 
 # --- what belongs to what
@@ -135,7 +135,7 @@ def test_a_callable_is_a_rule():
     ("rule", "error", "match"),
     [
         ("recover", ValueError, r"^unknown rule: 'recover': did you mean 'recovery'\? known are"),
-        ("x", ValueError, r"known are affordable, recovery, threshold, largest_recovery$"),
+        ("x", ValueError, r"known are affordable, recovery, largest_recovery$"),
         (3, TypeError, r"^no rule: 3: give a name or a callable"),
         (lambda c: [1.0], ValueError, r"gave scores of the shape \(1,\): return 19 scores"),
         (lambda c: "a", TypeError, r"gave no numbers: 'a': return"),
@@ -151,18 +151,6 @@ def test_bad_rules(rule, error, match):
         suggest_split(report(RESTORED), names(19)[1:], rule=rule)
 
 
-def test_the_registry(monkeypatch):
-    monkeypatch.setattr("msun.splitting.rules.SPLIT_RULES", dict(SPLIT_RULES))
-    register_rule("last", lambda c: np.arange(len(c.cka), dtype=float))
-    assert suggest_split(report(RESTORED), names(19), rule="last").layer == "features.18"
-    with pytest.raises(ValueError, match=r"^a rule of this name is there already: 'recovery': "):
-        register_rule("recovery", len)
-    with pytest.raises(TypeError, match=r"^no rule: 5: "):
-        register_rule("five", 5)
-
-
-@pytest.mark.parametrize("key", ["delta", "level"])
-@pytest.mark.parametrize("value", [-0.1, 1.5, math.nan])
 def test_numbers_out_of_range(key, value):
     with pytest.raises(ValueError, match=f"^{key} out of range: {value}: "):
         suggest_split(report(RESTORED), names(19), **{key: value})

@@ -8,7 +8,7 @@ from torch import nn
 from training import network, same, weights
 
 from msun.training.config import groups, rate
-from msun.training.ema import Average
+from msun.training.ema import EMA
 
 
 def test_the_rate():
@@ -38,7 +38,7 @@ def test_norms_and_biases_may_be_spared_decay():
 
 def test_the_running_mean_is_that_of_the_weights():
     layer = nn.BatchNorm1d(2)
-    average = Average(layer, 0.5)
+    average = EMA(layer, 0.5)
     want = {k: x.double().clone() for k, x in layer.state_dict().items()}
     for step in range(6):
         with torch.no_grad():

@@ -11,7 +11,7 @@ from training import images, network, options, run, same, weights
 
 from msun.network.norms import recalibrate
 from msun.training.config import TrainConfig
-from msun.training.step import Descent
+from msun.training.step import TrainingStep
 from msun.training.trainer import train
 
 
@@ -24,7 +24,7 @@ class Broken:
     """Spoils the loss of some steps."""
 
     def __init__(self, monkeypatch, steps, value=float("nan")):
-        whole = Descent._losses
+        whole = TrainingStep._losses
 
         def spoilt(descent, looks, labels):
             losses = whole(descent, looks, labels)
@@ -32,7 +32,7 @@ class Broken:
                 losses = {k: x * value if k in ("loss", "ce_8") else x for k, x in losses.items()}
             return losses
 
-        monkeypatch.setattr(Descent, "_losses", spoilt)
+        monkeypatch.setattr(TrainingStep, "_losses", spoilt)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

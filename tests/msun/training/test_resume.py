@@ -57,7 +57,7 @@ def after(owner, name, count, *, before=False, half=False):
 
 
 PLACES = {{
-    "step": (descent.Descent, "descend"),
+    "step": (descent.TrainingStep, "run"),
     "save": (train_state, "save_state"),
     "metrics": (train_state, "write_metrics"),
     "config": (train_state, "write_config"),
@@ -170,9 +170,9 @@ def test_a_run_in_one_shard_or_with_fp16_resumes_too(tmp_path):
 
 def interrupt(out, step, **more):
     """Stop a run by an exception after a step that was saved."""
-    from msun.training.step import Descent
+    from msun.training.step import TrainingStep
 
-    whole = Descent.descend
+    whole = TrainingStep.run
 
     def stopping(self, *args):
         if self.step == step:
@@ -180,7 +180,7 @@ def interrupt(out, step, **more):
         return whole(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Descent, "descend", stopping)
+        patch.setattr(TrainingStep, "run", stopping)
         with pytest.raises(KeyboardInterrupt):
             run(out, save_every_s=0.0, **more)
     assert (out / "state.pt").exists()
@@ -288,7 +288,7 @@ def test_without_resume_what_is_there_is_refused(interrupted, tmp_path):
 def test_a_finished_run_returns_at_once(tmp_path, monkeypatch):
     model, path = run(tmp_path / "out", max_steps=2)
     stamp = path.stat().st_mtime_ns
-    monkeypatch.setattr("msun.training.step.Descent.descend", None)
+    monkeypatch.setattr("msun.training.step.TrainingStep.run", None)
     again, there = run(tmp_path / "out", max_steps=2, resume=True)
     assert there == path
     assert path.stat().st_mtime_ns == stamp

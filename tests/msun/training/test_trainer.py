@@ -165,13 +165,13 @@ def test_rows_of_a_larger_head(tmp_path):
 
 def test_frozen_parameters_stay(tmp_path):
     model = network()
-    for p in model.heads.parameters():
+    for p in model.subnets.parameters():
         p.requires_grad_(False)
     before = weights(model)
     train(model, images(), options(tmp_path / "out", ema=None, max_steps=2))
     after = weights(model)
     changed = {key for key in before if not torch.equal(before[key], after[key])}
-    assert not any(key.endswith(("weight", "bias")) for key in changed if "heads" in key)
+    assert not any(key.endswith(("weight", "bias")) for key in changed if "subnets" in key)
     assert any(key.startswith("tail") for key in changed)
 
 
@@ -300,7 +300,7 @@ def test_distillation_begins_after_the_warm_up(tmp_path):
 
 def test_what_is_kept_as_it_was(tmp_path):
     model = network()
-    model.heads["8"].eval()
+    model.subnets["8"].eval()
     modes = [module.training for module in model.modules()]
     before = torch.get_rng_state()
     train(model, images(), options(tmp_path / "out", max_steps=2))
