@@ -41,8 +41,9 @@ try:
     from cka_probe.inputs import glyphs
     from cka_probe.models.glyphnet import glyphnet
 except ImportError:  # before the modules moved into sub-packages
-    from cka_probe import glyphs
     from cka_probe.glyphnet import glyphnet
+
+    from cka_probe import glyphs
 new_classifier = getattr(msun, "replace_classifier", None) or msun.new_head
 
 TOLERANCE = 1e-12

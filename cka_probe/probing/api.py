@@ -1,6 +1,6 @@
-"""The loop: images through every view, features into one estimator, a Report out."""
+"""`probe`: CKA between all layers of a network at several input sizes, or of several networks."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,11 @@ from cka_probe.activations.layers import Layers
 from cka_probe.activations.reduce import Reducer
 from cka_probe.distributed.ranks import Ranks
 from cka_probe.engine.kernels import Block
-from cka_probe.inputs.views import Transform
+from cka_probe.probing.options import ProbeOptions, Views
 from cka_probe.probing.run import REPORT, Run
 from cka_probe.report import Report
 
 __all__ = ["REPORT", "Views", "probe"]
-
-Views = Mapping[str, nn.Module | tuple[nn.Module | None, Transform | None]]
 
 
 def probe(
@@ -45,7 +43,6 @@ def probe(
     workers: int = 0,
     memory: str | int | None = None,
     sketch_size: int | None = None,
-    precision: float | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -76,9 +73,9 @@ def probe(
         kernel: "linear", "rbf", or a callable on centred features.
         bandwidth: RBF sigma as a multiple of the median distance; 1 where None.
         reduce: "flatten", "mean", "grid=K", "tokens", or a callable (n, ...) -> (n, d).
-        estimator: "minibatch" (memory does not grow with images), "exact" (features are kept, on
-            disk where memory is short), "sketch" (k numbers of every layer and image are kept), or
-            "auto": what comes closest to `exact` within `memory`; `meta["estimator_why"]` says why.
+        estimator: "minibatch" (memory does not grow with images), "exact" (features are kept, so
+            that they must fit in `memory`), "sketch" (k numbers of every layer and image are kept),
+            or "auto": the closest to `exact` that fits; `meta["estimator_why"]` says why.
         batch_size: images per batch, which `minibatch` depends on a little; at least 4.
         n_images: a seeded random subset of the sorted images; None for all.
         seed: of the subset, the order of images and random transforms.
@@ -91,16 +88,16 @@ def probe(
         memory: budget above the forwards, bytes or "4GiB", where the features are. None: what is
             free for `exact`, half of it for "auto"; on a CUDA card at most half of what it has.
         sketch_size: k of `sketch`; 512 where None.
-        precision: wanted standard error of the sketch itself, instead of `sketch_size`.
-        out: folder for the saved state and the finished report.npz; None saves nothing.
+        out: folder for the saved state and the finished report.npz; None saves nothing. The state
+            of an interrupted run that is there already is refused unless `resume` is set.
         resume: continue from the state saved in `out`, with any number of processes; with none
-            there, start anew. `exact` with its features on disk saves no state.
+            there, start anew.
         progress: show a progress bar.
         ranks: the processes that share this run, each calling with the same arguments: what
             `cka_probe.distributed.ranks.started` yields. None: this process alone, whoever else
             there is.
-        say: called with a line of text before the start, where there is something to say: which
-            estimator "auto" took and why, or what `exact` will put on disk.
+        say: a function that takes a line of text, called before the first batch with the images,
+            the views, the estimator that "auto" chose and why, and an estimate of the costs.
 
     Returns:
         A Report whose entries are views in the order given, layers in execution order.
@@ -118,11 +115,11 @@ def probe(
     >>> report.against().shape, report.cka.shape
     ((7, 2), (14, 14))
     """
-    run = Run(
-        model, images, scales, views=views, layers=layers, reference=reference, resize=resize,
+    options = ProbeOptions(
+        scales=scales, views=views, layers=layers, reference=reference, resize=resize,
         antialias=antialias, kernel=kernel, bandwidth=bandwidth, reduce=reduce,
         estimator=estimator, batch_size=batch_size, n_images=n_images, seed=seed, mean=mean,
         std=std, device=device, amp=amp, skip_bad=skip_bad, workers=workers, memory=memory,
-        sketch_size=sketch_size, precision=precision, out=out, resume=resume, ranks=ranks,
+        sketch_size=sketch_size, out=out, resume=resume,
     )  # fmt: skip
-    return run.report(progress=progress, say=say)
+    return Run(model, images, options, ranks=ranks, say=say).report(progress=progress)

@@ -1,10 +1,7 @@
 """Which estimator a run gets, and why: `auto`, and what `exact` will take, before the start."""
 
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from cka_probe.engine.kernels import Kernel
 from cka_probe.engine.memory import (
@@ -12,7 +9,6 @@ from cka_probe.engine.memory import (
     minibatch_bytes,
     readable,
     sketch_bytes,
-    spool_bytes,
 )
 from cka_probe.engine.projection import BLOCKS
 from cka_probe.engine.sketch import MIN_SIZE, choose_size, own_error
@@ -34,7 +30,7 @@ class Choice:
     size: int | None = None
 
 
-def choose(
+def choose_estimator(
     widths: Sequence[int] | None,
     *,
     n: int,
@@ -42,7 +38,6 @@ def choose(
     kernel: Kernel,
     memory: int,
     size: int | None = None,
-    precision: float | None = None,
 ) -> Choice:
     """Take the estimator with the smallest expected distance from `exact` that fits the budget.
 
@@ -56,7 +51,6 @@ def choose(
         kernel: `sketch` is for the linear one.
         memory: bytes.
         size: k, if the user fixed it.
-        precision: wanted error of the sketch, if the user did.
 
     Raises:
         ValueError: nothing fits the budget.
@@ -71,8 +65,8 @@ def choose(
         return Choice("exact", f"{readable(whole)} fit in {readable(budget)}", memory)
     too_much = f"exact wants {readable(whole)} of {readable(budget)}"
     small = minibatch_bytes(len(widths), batch, rbf=rbf)
-    k = _sketch_that_fits(sizes, n, batch, budget, size, precision)
-    asked = size is not None or precision is not None
+    k = _sketch_that_fits(sizes, n, batch, budget, size, None)
+    asked = size is not None
     if (
         kernel.name == "linear"
         and k
@@ -117,21 +111,15 @@ def batch_error(batch: int) -> float:
     return float(0.135 / batch**0.89)
 
 
-def spool_forecast(widths: Sequence[int], n: int, memory: int, folder: Path | None) -> str | None:
-    """One line on disk and time where `exact` would not fit in memory; None where it fits."""
-    sizes = [(width, 4) for width in widths]
-    memory = usable(memory)
-    need = exact_bytes(n, sizes)
-    if need <= memory:
-        return None
-    least, disk = spool_bytes(n, sizes, memory)
-    if least > memory:
-        return None  # refused with the first batch
-    free = shutil.disk_usage(folder or tempfile.gettempdir()).free
-    seconds = 2 * disk / _DISK_RATE + n * n * sum(widths) / _GEMM_RATE
-    minutes = f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
-    return (
-        f"exact wants {readable(need)} of {readable(memory)}: features go to disk, "
-        f"{readable(disk)} of {readable(free)} free, about {minutes} on top of the forwards; if "
-        "interrupted, it begins anew"
-    )
+def check_exact_fits(widths: Sequence[int], n: int, memory: int) -> None:
+    """Refuse `exact` where its features do not fit the memory budget.
+
+    Raises:
+        ValueError: they do not.
+    """
+    need, have = exact_bytes(n, [(width, 4) for width in widths]), usable(memory)
+    if need > have:
+        raise ValueError(
+            f"exact does not fit in memory: {readable(need)} of {readable(have)}: use minibatch or "
+            "sketch, or raise memory (--memory)"
+        )

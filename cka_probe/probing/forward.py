@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cka_probe.activations.hooks import Collector, Tap, failing_module
+from cka_probe.activations.layers import unwrap
 from cka_probe.activations.macs import MacCounter, layer_table
 from cka_probe.engine.kernels import NonFiniteFeaturesError
 from cka_probe.errors import one_line
@@ -53,7 +54,7 @@ class Forwards:
         reduce: as in `get_reducer`.
         device: where the forwards run; None for where each network is.
         amp: autocast to bfloat16 for the networks.
-        way_out: what to do about a size that a network refuses.
+        hint: what to do about a size that a network refuses.
 
     Attributes:
         collectors: view -> its collector. tables: view -> `layer_table`, after the first batch.
@@ -70,10 +71,10 @@ class Forwards:
         reduce: Any = "flatten",
         device: Any = None,
         amp: bool = False,
-        way_out: str = "give images of a size that it takes",
+        hint: str = "give images of a size that it takes",
     ) -> None:
         self.models, self.estimator, self.amp = models, estimator, amp
-        self.way_out = way_out
+        self.hint = hint
         self.asked = layers is not None
         self.tables: dict[str, dict[str, Any]] = {}
         self.macs: dict[str, int] = {}
@@ -146,10 +147,10 @@ class Forwards:
                 raise  # a full disk
             if error is collector.fault:
                 raise _of_tapping(error, where) from error
-            raise _of_network(error, collector.model, x, where, self.way_out) from error
+            raise _of_network(error, collector.model, x, where, self.hint) from error
         if first:
             self.macs[view] = counter.macs() // n
-            self.tables[view] = layer_table({view: collector}, self.models)
+            self.tables[view] = layer_table({view: collector}, {view: unwrap(self.models[view])})
 
     def _first_look(self) -> None:
         """After the first batch: say what was never reached."""
@@ -195,9 +196,7 @@ def _of_tapping(error: Exception, where: str) -> Exception:
     )
 
 
-def _of_network(
-    error: Exception, model: nn.Module, x: Tensor, where: str, way_out: str
-) -> Exception:
+def _of_network(error: Exception, model: nn.Module, x: Tensor, where: str, hint: str) -> Exception:
     """What the network raised, in one line that names the view and, where known, the layer."""
     text = " ".join(str(error).split())
     path = failing_module(error, model)
@@ -225,9 +224,7 @@ def _of_network(
             f"the network takes more than images: {one_line(error)}, {where}: wrap it in a module "
             "whose forward takes images alone"
         )
-    return ValueError(
-        f"the network cannot take {where}: {size}{layer}, {one_line(error)}: {way_out}"
-    )
+    return ValueError(f"the network cannot take {where}: {size}{layer}, {one_line(error)}: {hint}")
 
 
 def _out_of_memory(where: str) -> ValueError:

@@ -15,6 +15,7 @@ from cka_probe.inputs.views import Transform
 from cka_probe.io import remove_partial_files
 from cka_probe.probing import state
 from cka_probe.probing.forward import Forwards, Seen
+from cka_probe.probing.options import ProbeOptions
 from cka_probe.probing.sharing import share
 from cka_probe.probing.state import Bad, Saver
 from cka_probe.progress import progress_bar
@@ -65,7 +66,8 @@ class Loop:
 
     def run(
         self, models: Mapping[str, nn.Module], transforms: Mapping[str, Transform],
-        ask: Mapping[str, Any], *, progress: bool, say: Callable[[str], None] | None,
+        options: ProbeOptions, *, progress: bool, say: Callable[[str], None] | None,
+        announce: Callable[[], None],
     ) -> Seen:  # fmt: skip
         """Make every forward that is still to do.
 
@@ -79,13 +81,14 @@ class Loop:
         """
         with ExitStack() as stack:
             work = Forwards(
-                models, self.estimator, stack, layers=ask["layers"], reduce=ask["reduce"],
-                device=ask["device"], amp=ask["amp"], way_out=ask["way_out"],
+                models, self.estimator, stack, layers=options.layers, reduce=options.reduce,
+                device=options.device, amp=options.amp, hint=options.size_hint,
             )  # fmt: skip
+            announce()  # layers and devices are known to be good
             home = next(iter(work.devices.values()), torch.device("cpu"))
             self.shared = share(self.estimator, self.ranks, home)
             work.estimator = self.shared
-            self._take_up(home, resume=ask["resume"], say=say)
+            self._take_up(home, resume=options.resume, say=say)
             bar = stack.enter_context(
                 progress_bar(
                     len(self.source), desc="probe", unit="image",
@@ -99,8 +102,8 @@ class Loop:
                 stream = stack.enter_context(
                     closing(
                         batches(
-                            self.source, transforms, batch_size=ask["batch_size"],
-                            seed=ask["seed"], workers=ask["workers"], skip_bad=ask["skip_bad"],
+                            self.source, transforms, batch_size=options.batch_size,
+                            seed=options.seed, workers=options.workers, skip_bad=options.skip_bad,
                             start=mine.start, step=mine.step,
                         )
                     )

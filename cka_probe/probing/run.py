@@ -1,8 +1,9 @@
-"""One run of `probe`: what was asked is made ready, the loop runs once, a Report comes out."""
+"""One run of `probe`: views and estimator are resolved, the loop runs once, a Report comes out."""
 
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,276 +12,234 @@ import torch
 from torch import nn
 
 from cka_probe.activations.hooks import Tap
-from cka_probe.activations.macs import merge_tables, model_sha256, versions
+from cka_probe.activations.layers import unwrap
+from cka_probe.activations.macs import merge_tables, versions
 from cka_probe.distributed.ranks import Ranks
-from cka_probe.engine.bandwidth import check_bandwidth
-from cka_probe.engine.kernels import Kernel, get_kernel
-from cka_probe.engine.memory import free_memory, parse_memory
-from cka_probe.engine.minibatch import ESTIMATORS, Result
-from cka_probe.engine.projection import BLOCKS
-from cka_probe.engine.sketch import check_linear, choose_size
+from cka_probe.engine.kernels import get_kernel
+from cka_probe.engine.memory import free_memory, readable
+from cka_probe.engine.minibatch import ESTIMATORS
 from cka_probe.functional import warn_degenerate
 from cka_probe.inputs.batches import Source, open_images, plan
 from cka_probe.inputs.decode import ImageError
 from cka_probe.inputs.views import NATIVE, Transform, look, scale_transforms, view_transforms
 from cka_probe.io import plain
 from cka_probe.models.load import IMAGENET
-from cka_probe.probing.choose import AUTO, Choice, choose, spool_forecast, usable
-from cka_probe.probing.fingerprint import described
-from cka_probe.probing.forecast import Estimate, estimate
+from cka_probe.probing.choose import AUTO, Choice, check_exact_fits, choose_estimator
+from cka_probe.probing.forecast import Estimate, estimate, estimator_bytes, seconds_on_this_cpu
 from cka_probe.probing.forward import device_of
 from cka_probe.probing.loop import Loop
-from cka_probe.probing.options import made_plain
+from cka_probe.probing.metadata import estimator_meta, repeated_options, run_fingerprint
+from cka_probe.probing.options import ProbeOptions, check_network
 from cka_probe.probing.state import STATE, differences, refuse_other, saved_options
 from cka_probe.report import Report
+
+__all__ = ["REPORT", "Run", "refuse_interrupted"]
 
 REPORT = "report.npz"
 
 
 class Run:
-    """One call of `probe`: what was asked, made ready, then executed once."""
+    """One call of `probe`.
 
-    def __init__(self, model: nn.Module | None, images: Any, scales: Any, **ask: Any) -> None:
-        scales, ask = made_plain(model, scales, ask)
-        self.ask = {**ask, "way_out": _way_out(scales, ask["resize"])}
-        self.ranks: Ranks = ask.get("ranks") or Ranks()
-        self.kernel = get_kernel(ask["kernel"])
-        self.bandwidth = 1.0 if ask["bandwidth"] is None else ask["bandwidth"]
-        check_bandwidth(self.bandwidth)
-        if ask["estimator"] not in (*ESTIMATORS, AUTO):
-            known = ", ".join((*ESTIMATORS, AUTO))
-            raise ValueError(f"unknown estimator: {ask['estimator']!r}: known ones are {known}")
-        self.memory = parse_memory(ask["memory"])
-        sketched = ask["sketch_size"] is not None or ask["precision"] is not None
-        size = choose_size(ask["sketch_size"], ask["precision"])
-        if sketched and ask["estimator"] not in ("sketch", AUTO):
-            raise ValueError(
-                f"a sketch size for another estimator: {ask['estimator']!r}: use 'sketch' or 'auto'"
-            )
-        if ask["estimator"] == "sketch":
-            check_linear(self.kernel)
-        self.out = Path(ask["out"]) if ask["out"] is not None else None
-        if ask["resume"] and self.out is None:
-            raise ValueError("resume without a folder: out=None: give out=, where the state lies")
-        self.source: Source = open_images(images, n_images=ask["n_images"], seed=ask["seed"])
-        self.plan = plan(len(self.source), ask["batch_size"])
-        self.models, self.transforms, self.reference = self._views(model, scales)
-        self.choice = Choice(ask["estimator"], "", self._budget(), size)
-        if ask["estimator"] == AUTO:
-            self.choice = self._auto()
-        self.choice = self.ranks.agree(self.choice)  # what is free differs
-        self.options = self._options()
+    Args:
+        model: the network; None where every view brings its own.
+        images: as in `probe`.
+        options: the validated options.
+        ranks: the processes that share the run; None for this process alone.
+        say: a function that takes the lines of text to announce; None says nothing. Rank 0 alone
+            speaks.
 
-    def _views(
-        self, model: nn.Module | None, scales: Any
-    ) -> tuple[dict[str, nn.Module], dict[str, Transform], str]:
-        ask = self.ask
-        if ask["views"] is None:
-            if model is None:
-                raise ValueError("no network: model=None: give one, or views={name: (model, ...)}")
-            if scales is None and ask["reference"] not in (None, NATIVE):
-                raise ValueError(
-                    f"reference without scales: {ask['reference']!r}: give scales=, among which it "
-                    "is, or leave it out"
-                )
-            if scales is not None and str(ask["reference"]).isdecimal():
-                scales = [*scales, *({int(ask["reference"])} - set(scales))]
-            transforms = scale_transforms(
-                scales,
-                reference=ask["reference"],
-                resize=ask["resize"],
-                antialias=ask["antialias"],
-                **self._norm(model),
-            )
-            reference = NATIVE if scales is None else str(ask["reference"] or max(scales))
-            return dict.fromkeys(transforms, model), transforms, reference
-        if scales is not None:
-            raise ValueError("scales and views: both given: a view brings its own transform")
-        models = {name: given or model for name, (given, _) in ask["views"].items()}
-        absent = [name for name, given in models.items() if given is None]
-        if absent or not models:
-            raise ValueError(f"no network: view {(absent or [''])[0]!r}: give one, or model=")
-        transforms = {}
-        for name, (_, transform) in ask["views"].items():
-            transforms |= view_transforms({name: transform}, **self._norm(models[name]))
-        reference = str(ask["reference"] or next(iter(models)))
-        if reference not in models:
-            known = ", ".join(models)
-            raise ValueError(f"unknown reference view: {reference!r}: known views are {known}")
-        return {name: m for name, m in models.items() if m is not None}, transforms, reference
+    Raises:
+        TypeError: `model` is no network.
+        ValueError: images, views or a memory budget that cannot be used; an interrupted run is in
+            the output folder and `resume` is not set.
+    """
 
-    def _auto(self) -> Choice:
-        """The estimator that fits the budget; that of the run which is being resumed."""
-        ask = self.ask
-        if ask["resume"] and self.out is not None:
-            if (self.out / REPORT).exists():
-                done = Report.load(self.out / REPORT).meta
-                size = done.get("sketch", {}).get("size")
-                name = str(done.get("estimator", "minibatch"))
-                return Choice(name, "as the finished run", self.memory or 0, size)
-            if (self.out / STATE).exists():
-                saved = saved_options(self.out)
-                name, size = saved.get("estimator", "minibatch"), saved.get("sketch_size")
-                return Choice(str(name), "as the saved state", self._budget(), size)
-        cost = self.forecast()
-        return choose(
-            cost.widths if cost else None, n=len(self.source), batch=ask["batch_size"],
-            kernel=self.kernel, memory=self._budget(share=2), size=ask["sketch_size"],
-            precision=ask["precision"],
-        )  # fmt: skip
+    def __init__(
+        self,
+        model: nn.Module | None,
+        images: Any,
+        options: ProbeOptions,
+        *,
+        ranks: Ranks | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        if model is not None:
+            check_network("model", model)
+        self.options, self.ranks = options, ranks or Ranks()
+        self.say = say if self.ranks.first else None
+        self.folder = None if options.out is None else Path(options.out)
+        if self.folder is not None and self.ranks.first and not options.resume:
+            refuse_interrupted(self.folder)
+        self.source: Source = open_images(images, n_images=options.n_images, seed=options.seed)
+        self.plan = plan(len(self.source), options.batch_size)
+        self.models, self.transforms, self.reference = _resolve_views(model, options, self.source)
+        # every rank has its own free memory: the choice of rank 0 holds
+        self.choice: Choice = self.ranks.agree(self._choose())
+        self.fingerprint = run_fingerprint(
+            options, self.models, self.transforms, self.reference, self.source, self.choice
+        )
 
-    def _budget(self, share: int = 1) -> int:
-        """Bytes to use: as asked, else a share of what is free where the features will be."""
-        if self.memory is not None:
-            return self.memory
-        asked, devices = self.ask["device"], [device_of(net) for net in self.models.values()]
-        if asked is not None:
-            with suppress(RuntimeError):  # a bad one is refused by name, when it is used
-                devices = [torch.device(asked)]
-        return free_memory(devices, share)
+    def report(self, *, progress: bool) -> Report:
+        """The finished report where there is one to resume, else that of a run; on every process.
 
+        Args:
+            progress: whether rank 0 shows a progress bar.
+
+        Raises:
+            ValueError: the processes have different options or data; as `probe` says.
+            LostRankError: another process died or failed.
+        """
+        self._check_same_on_all_ranks()
+        done = self.ranks.agree(self._finished() if self.ranks.first else None)
+        if done is None:
+            done = self.ranks.agree(self._execute(progress=progress))
+        assert isinstance(done, Report)
+        return done
+
+    @cached_property
     def forecast(self) -> Estimate | None:
-        """Sizes and costs, from the shapes of the first image that can be read."""
+        """Sizes and costs from the shapes of the first image that can be read."""
         for i in range(len(self.source)):
             try:
                 image = self.source.load(i)
             except ImageError:
                 continue
-            label, seed = self.source.ids[i], self.ask["seed"]
+            label, seed = self.source.ids[i], self.options.seed
             shapes = {
                 view: tuple(look(transform, image, seed, label, view).shape)
                 for view, transform in self.transforms.items()
             }
             return estimate(
-                self.models, shapes, n_images=len(self.source), batch_size=self.ask["batch_size"],
-                layers=self.ask["layers"], reduce=self.ask["reduce"],
-            )  # fmt: skip
+                {view: unwrap(model) for view, model in self.models.items()},
+                shapes,
+                batch_size=self.options.batch_size,
+                layers=self.options.layers,
+                reduce=self.options.reduce,
+            )
         return None
 
-    def _announce(self, say: Callable[[str], None] | None) -> None:
-        """Before the start: what `auto` took and why, what `exact` will put on disk."""
-        if say is None:
-            return
-        if self.ask["estimator"] == AUTO:
-            say(f"auto: {self.choice.estimator}, as {self.choice.why}")
-        elif self.choice.estimator == "exact":
-            cost = self.forecast()
-            text = cost and spool_forecast(
-                cost.widths, len(self.source), self.choice.memory, self.out
-            )
-            if text:
-                say(text)
-
-    def _estimator(self) -> Any:
-        """A fresh estimator for this run."""
-        name, more = self.choice.estimator, dict[str, Any]()
-        if name == "exact":
-            more = {"n_images": len(self.source), "folder": self.out}
-            more["memory"] = usable(self.choice.memory)
-        elif name == "sketch":
-            precision = self.ask["precision"]
-            more = {"n_images": len(self.source), "seed": self.ask["seed"], "precision": precision}
-            more["size"] = self.choice.size if precision is None else None
-        return ESTIMATORS[name](
-            len(self.plan), kernel=self.kernel, bandwidth=self.bandwidth, **more
+    def _choose(self) -> Choice:
+        """The estimator that the user named, or for "auto" the one that fits the budget."""
+        options, n = self.options, len(self.source)
+        if options.estimator != AUTO:
+            choice = Choice(options.estimator, "", self._budget(), options.sketch_width)
+            if choice.estimator == "exact" and self.forecast is not None:
+                check_exact_fits(self.forecast.widths, n, choice.memory)
+            return choice
+        if options.resume and self.folder is not None:  # a resumed run keeps its estimator
+            if (self.folder / REPORT).exists():
+                done = Report.load(self.folder / REPORT).meta
+                size = done.get("sketch", {}).get("size")
+                name = str(done.get("estimator", "minibatch"))
+                return Choice(name, "as the finished run", options.memory_bytes or 0, size)
+            if (self.folder / STATE).exists():
+                saved = saved_options(self.folder)
+                name, size = saved.get("estimator", "minibatch"), saved.get("sketch_size")
+                return Choice(str(name), "as the saved state", self._budget(), size)
+        return choose_estimator(
+            self.forecast.widths if self.forecast else None,
+            n=n,
+            batch=options.batch_size,
+            kernel=get_kernel(options.kernel),
+            memory=self._budget(share=2),  # half of what is free: the forwards need some too
+            size=options.sketch_size,
         )
 
-    def _norm(self, model: nn.Module | None) -> dict[str, Any]:
-        """Mean and std: what was given; for pixels else timm's own, else ImageNet's."""
-        mean, std = self.ask["mean"], self.ask["std"]
-        if mean is None and std is None and self.source.is_pixels:
-            cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-            cfg = cfg if isinstance(cfg, Mapping) else {}
-            mean, std = ({**IMAGENET, **cfg}[key] for key in ("mean", "std"))
-        return {"mean": mean, "std": std}
+    def _budget(self, share: int = 1) -> int:
+        """Bytes to use: the user's, else a share of what is free where the features will be."""
+        if self.options.memory_bytes is not None:
+            return self.options.memory_bytes
+        devices = [device_of(net) for net in self.models.values()]
+        if self.options.device is not None:
+            with suppress(RuntimeError):  # a bad device is refused by name when it is used
+                devices = [torch.device(self.options.device)]
+        return free_memory(devices, share)
 
-    def _options(self) -> dict[str, Any]:
-        """What could change a number, as JSON: the run's fingerprint."""
-        ask = self.ask
-        shas = {id(m): model_sha256(m) for m in self.models.values()}
-        return {
-            "views": {
-                name: {"model": shas[id(m)], "transform": described(self.transforms[name])}
-                for name, m in self.models.items()
-            },
-            "reference": self.reference,
-            "images": {"name": self.source.name, "sha256": self.source.fingerprint()},
-            "n_images": len(self.source),
-            "layers": described(ask["layers"]),
-            "resize": ask["resize"],
-            "antialias": ask["antialias"],
-            "kernel": _kernel_name(ask["kernel"], self.kernel),
-            "bandwidth": self.bandwidth,
-            "reduce": described(ask["reduce"]),
-            "estimator": self.choice.estimator,
-            **({"sketch_size": self.choice.size} if self.choice.estimator == "sketch" else {}),
-            "batch_size": ask["batch_size"],
-            "seed": ask["seed"],
-            "amp": bool(ask["amp"]),
-            "skip_bad": bool(ask["skip_bad"]),
-        }
+    def _announce(self) -> None:
+        """Say what will be done and what it takes, once layers and devices are known to be good."""
+        if self.say is None:
+            return
+        n, options = len(self.source), self.options
+        self.say(f"{n} images of {self.source.name}, views {', '.join(self.transforms)}")
+        if options.estimator == AUTO:
+            self.say(f"auto: {self.choice.estimator}, as {self.choice.why}")
+        cost = self.forecast
+        if cost is None:
+            self.say("no estimate: the network cannot be called without data")
+            return
+        memory = cost.batch_bytes + estimator_bytes(
+            self.choice.estimator,
+            cost.widths,
+            n_images=n,
+            batch_size=options.batch_size,
+            sketch_size=self.choice.size or options.sketch_width,
+            rbf=get_kernel(options.kernel).needs_bandwidth,
+        )
+        time_needed = ""
+        if all(device_of(model).type == "cpu" for model in self.models.values()):
+            seconds = seconds_on_this_cpu(cost.gmacs * n)
+            text = f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+            time_needed = f", about {text} on this CPU (within a factor of three)"
+        self.say(
+            f"estimate: {cost.gmacs:.2f} GMACs an image, {len(cost.widths)} layers x views"
+            f"{time_needed}, {readable(memory)} of memory"
+        )
 
-    def finished(self) -> Report | None:
-        """The report of the same run, where it is being resumed after its end."""
-        if not self.ask["resume"] or self.out is None or not (self.out / REPORT).exists():
+    def _finished(self) -> Report | None:
+        """The finished report of the same run, where the user resumes it after its end."""
+        if not self.options.resume or self.folder is None or not (self.folder / REPORT).exists():
             return None
-        report = Report.load(self.out / REPORT)
-        refuse_other(report.meta.get("run", {}), self.options, "finished report")
+        report = Report.load(self.folder / REPORT)
+        refuse_other(report.meta.get("run", {}), self.fingerprint, "finished report")
         return report
 
-    def report(self, *, progress: bool, say: Callable[[str], None] | None = None) -> Report:
-        """The finished report where there is one to resume, else that of a run; on every process.
-
-        Raises:
-            ValueError: the processes were not asked for the same; and as `probe` says.
-            LostRankError: another process died or failed.
-        """
-        first = self.ranks.first
-        self._same_everywhere()
-        done = self.ranks.agree(self.finished() if first else None)
-        if done is None:
-            say = say if first else None
-            done = self.ranks.agree(self._execute(progress=progress, say=say))
-        assert isinstance(done, Report)
-        return done
-
-    def _same_everywhere(self) -> None:
-        """Raise unless every process has the same fingerprint."""
-        for rank, options in enumerate(self.ranks.gather(plain(self.options))):
-            for name, theirs, ours in differences(options, plain(self.options)):
+    def _check_same_on_all_ranks(self) -> None:
+        ours = plain(self.fingerprint)
+        for rank, theirs in enumerate(self.ranks.gather(ours)):
+            for name, value, own in differences(theirs, ours):
                 raise ValueError(
-                    f"processes differ: {name} is {theirs!r:.40} on rank {rank}, {ours!r:.40} on "
+                    f"processes differ: {name} is {value!r:.40} on rank {rank}, {own!r:.40} on "
                     "rank 0: give all the same"
                 )
 
-    def _execute(self, *, progress: bool, say: Callable[[str], None] | None) -> Report | None:
-        """Make every forward, then the report on rank 0; None on the others."""
-        self._announce(say)
+    def _execute(self, *, progress: bool) -> Report | None:
+        """Run every forward, then make the report on rank 0; None on the others."""
+        n, options = len(self.source), self.options
+        more: dict[str, Any] = {} if self.choice.estimator == "minibatch" else {"n_images": n}
+        if self.choice.estimator == "sketch":
+            more |= {"seed": options.seed, "size": self.choice.size}
+        estimator = ESTIMATORS[self.choice.estimator](
+            len(self.plan),
+            kernel=get_kernel(options.kernel),
+            bandwidth=self.fingerprint["bandwidth"],
+            **more,
+        )
         loop = Loop(
-            self._estimator(), self.source, self.plan, options=self.options, folder=self.out,
+            estimator, self.source, self.plan, options=self.fingerprint, folder=self.folder,
             ranks=self.ranks,
         )  # fmt: skip
         began = time.perf_counter()
-        seen = loop.run(self.models, self.transforms, self.ask, progress=progress, say=say)
+        seen = loop.run(
+            self.models, self.transforms, options, progress=progress, say=self.say,
+            announce=self._announce,
+        )  # fmt: skip
         if not self.ranks.first:
             return None
         result = loop.estimator.result()
         keys: list[tuple[str, Tap]] = result.keys
         labels = [seen.labels[view][tap] for view, tap in keys]
-        names = [
-            f"layer {label!r} in view {view!r}"
-            for (view, _), label in zip(keys, labels, strict=True)
-        ]
-        warn_degenerate(result, names)
+        views = [view for view, _ in keys]
+        warn_degenerate(
+            result,
+            [f"layer {name!r} in view {view!r}" for view, name in zip(views, labels, strict=True)],
+        )
         meta = {
-            **{
-                k: self.options[k] for k in ("reference", "kernel", "bandwidth", "reduce", "resize")
-            },
-            **{k: self.options[k] for k in ("estimator", "batch_size", "seed", "antialias")},
-            "n_images": len(self.source) - len(loop.left_out),
+            **repeated_options(self.fingerprint),
+            "n_images": n - len(loop.left_out),
             "groups": result.groups,
             "unbiased": True,
-            "run": self.options,
+            "run": self.fingerprint,
             "left_out": loop.left_out,
             "left_out_readable": loop.too_few,
             "unreached": seen.unreached,
@@ -290,45 +249,73 @@ class Run:
             "versions": versions(),
             "processes": self.ranks.size,
             "seconds": round(time.perf_counter() - began, 3),
+            **estimator_meta(options, self.choice, result),
         }
-        meta |= self._about(result)
-        if self.ask["resume"]:
+        if options.resume:
             meta["resumed_from_batch"] = loop.start
         report = Report(
             cka=result.cka,
             stderr=result.stderr,
-            view=np.array([view for view, _ in keys]),
+            view=np.array(views),
             layer=np.array(labels),
             meta=meta,
         )
-        if self.out is not None:
-            report.save(self.out / REPORT)
+        if self.folder is not None:
+            report.save(self.folder / REPORT)
             loop.saver.clear()
         return report
 
-    def _about(self, result: Result) -> dict[str, Any]:
-        """What `auto` took and why; the size of the sketch and its own error in every cell."""
-        about = dict[str, Any]()
-        if self.ask["estimator"] == AUTO:
-            about["estimator_why"] = self.choice.why
-        if result.sketch_stderr is not None:
-            rounded = [[float(f"{cell:.4g}") for cell in row] for row in result.sketch_stderr]
-            about["sketch"] = {"size": self.choice.size, "blocks": BLOCKS, "stderr": rounded}
-        return about
+
+def refuse_interrupted(folder: Path) -> None:
+    """Refuse to start anew over the saved state of an interrupted run.
+
+    Args:
+        folder: the output folder.
+
+    Raises:
+        ValueError: a saved state is there.
+    """
+    if (folder / STATE).exists():
+        raise ValueError(
+            f"an interrupted run is there: {folder / STATE}: continue it with resume=True "
+            "(--resume), or delete that file (--overwrite) to start anew"
+        )
 
 
-def _kernel_name(asked: Any, kernel: Kernel) -> str:
-    """The name of a kernel of ours; a user's with a hash of its code."""
-    if callable(asked):
-        return str(described(asked))
-    ours = kernel.base.__module__ == get_kernel.__module__
-    return kernel.name if ours else f"{kernel.name} ({described(kernel.base)})"
+def _resolve_views(
+    model: nn.Module | None, options: ProbeOptions, source: Source
+) -> tuple[dict[str, nn.Module], dict[str, Transform], str]:
+    """View -> network, view -> transform, and the name of the reference view."""
+    if options.views is not None:
+        models = {name: own or model for name, (own, _) in options.view_pairs.items()}
+        absent = [name for name, given in models.items() if given is None]
+        if absent or not models:
+            raise ValueError(f"no network: view {(absent or [''])[0]!r}: give one, or model=")
+        networks = {name: given for name, given in models.items() if given is not None}
+        transforms: dict[str, Transform] = {}
+        for name, (_, transform) in options.view_pairs.items():
+            constants = _pixel_constants(networks[name], options, source)
+            transforms |= view_transforms({name: transform}, **constants)
+        return networks, transforms, str(options.reference or next(iter(networks)))
+    if model is None:
+        raise ValueError("no network: model=None: give one, or views={name: (model, ...)}")
+    scales = None if options.scales is None else list(options.scales)
+    transforms = scale_transforms(
+        scales,
+        reference=options.reference,
+        resize=options.resize,
+        antialias=options.antialias,
+        **_pixel_constants(model, options, source),
+    )
+    reference = NATIVE if scales is None else str(options.reference or max(scales))
+    return dict.fromkeys(transforms, model), transforms, reference
 
 
-def _way_out(scales: Any, resize: str) -> str:
-    """What to do about a size that the network refuses."""
-    if scales is None:
-        return "give images of a size that it takes (compare: --size)"
-    if resize == "restore":
-        return "take another reference (--reference)"
-    return "leave that size out, or use resize='restore' (--resize restore)"
+def _pixel_constants(model: nn.Module, options: ProbeOptions, source: Source) -> dict[str, Any]:
+    """Mean and std per channel: the user's; for pixels else timm's own, else ImageNet's."""
+    mean, std = options.mean, options.std
+    if mean is None and std is None and source.is_pixels:
+        cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+        cfg = cfg if isinstance(cfg, Mapping) else {}
+        mean, std = ({**IMAGENET, **cfg}[key] for key in ("mean", "std"))
+    return {"mean": mean, "std": std}

@@ -8,11 +8,11 @@ from typing import Any
 
 import pandas as pd
 import torch
+from cka_probe.cli.commands import _about, _described, _images, _norm
 from torch import nn
 
 from cka_probe.activations.layers import ROOT, module_paths, select_layers
 from cka_probe.activations.macs import model_sha256
-from cka_probe.cli.commands import _about, _described, _images, _norm
 from cka_probe.cli.output import backend, left_out, output_folder
 from cka_probe.inputs.scales import parse_scales
 from cka_probe.models.load import LoadedModel

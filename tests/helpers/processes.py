@@ -146,7 +146,7 @@ def work(job, rank):
         options = {**job["probe"], **job.get("of_rank", {}).get(str(rank), {})}
         with ranks.started(torch.device("cpu")) as mine:
             said = []
-            report = call(options, ranks=mine, say=said.append)
+            report = call(options, ranks=mine, say=said.append if job.get("say") else None)
         report.save(out / f"{rank}.npz")
         (out / f"{rank}.said").write_text("\n".join(said))
     except Exception as error:
