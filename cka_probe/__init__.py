@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cka_probe import plot as plot
-    from cka_probe.engine.hsic import cka_loss as cka_loss
     from cka_probe.functional import DegenerateWarning as DegenerateWarning
     from cka_probe.functional import cka as cka
+    from cka_probe.functional import cka_loss as cka_loss
     from cka_probe.functional import cka_matrix as cka_matrix
     from cka_probe.functional import permutation_test as permutation_test
     from cka_probe.probing.api import probe as probe
@@ -24,7 +24,7 @@ _HOMES = {
     "DegenerateWarning": "cka_probe.functional",
     "Report": "cka_probe.report",
     "cka": "cka_probe.functional",
-    "cka_loss": "cka_probe.engine.hsic",
+    "cka_loss": "cka_probe.functional",
     "cka_matrix": "cka_probe.functional",
     "permutation_test": "cka_probe.functional",
     "probe": "cka_probe.probing.api",

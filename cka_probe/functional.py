@@ -9,16 +9,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cka_probe.engine.bandwidth import median_bandwidth
-from cka_probe.engine.hsic import u_centre
+from cka_probe.engine.centring import NonFiniteFeaturesError, centre_full
+from cka_probe.engine.estimator import EXACT_GROUPS, Result
+from cka_probe.engine.exact import Exact
+from cka_probe.engine.hsic import check_n, hsic_pairs, rounding_floor, u_centre
 from cka_probe.engine.kernels import (
     Block,
-    NonFiniteFeaturesError,
-    centre_full,
-    full_precision,
+    check_bandwidth,
+    checked_kernel,
     get_kernel,
+    median_bandwidth,
 )
-from cka_probe.engine.minibatch import EXACT_GROUPS, Exact, Result
+from cka_probe.engine.products import full_precision
 from cka_probe.progress import progress_bar
 from cka_probe.report import Report
 
@@ -120,6 +122,83 @@ def cka_matrix(
         layer=np.array(names),
         meta=meta,
     )
+
+
+def cka_loss(
+    x: Tensor,
+    y: Tensor,
+    *,
+    kernel: str | Block = "linear",
+    bandwidth: float = 1.0,
+    unbiased: bool = True,
+) -> Tensor:
+    """Differentiable CKA of one batch, 1 for equal representations: minimise 1 minus it.
+
+    Kornblith et al. 2019, equation 3, on HSIC_1 (Song et al. 2012). The RBF bandwidth is
+    `bandwidth` times the median distance and takes part in the gradient. Float16 and bfloat16
+    features are raised to float32 (float64 features stay), sums are in float64. Degenerate
+    features (constant, or fewer directions than HSIC_1 can see) give nan, as in `cka`. Its value is
+    free of TF32; its gradient follows torch's setting, as the network's does.
+
+    Args:
+        x: (n, p) features, n >= 4.
+        y: (n, q) features of the same n images.
+        kernel: "linear", "rbf", or a differentiable callable on centred features (p, d), (q, d).
+        bandwidth: RBF sigma as a multiple of the median distance.
+        unbiased: HSIC_1, or the biased HSIC_0.
+
+    Returns:
+        0-d float64 tensor with a gradient to `x` and `y`.
+
+    Raises:
+        ValueError: unequal n, fewer than 4 images, not 2-D, an unknown kernel, or a bandwidth that
+            is not above 0.
+
+    >>> x = torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
+    >>> round(float(cka_loss(x, 2.0 * x + 1.0)), 4)
+    1.0
+    """
+    if x.ndim != 2 or y.ndim != 2 or x.shape[0] != y.shape[0]:
+        shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
+        raise ValueError(f"features do not pair: {shapes}: give (n, p) and (n, q), the same images")
+    check_n(x.shape[0])
+    check_bandwidth(bandwidth)
+    if not callable(kernel) and kernel not in ("linear", "rbf"):
+        raise ValueError(
+            f"unknown kernel: {kernel!r}: cka_loss takes 'linear', 'rbf' or a function of features"
+        )
+    grams = torch.stack([_soft_gram(z, kernel, bandwidth) for z in (x, y)])  # (2, n, n)
+    n = grams.shape[-1]
+    eps = torch.tensor([torch.finfo(z.dtype).eps for z in (x, y)], device=grams.device)
+    eps = eps.double().clamp(max=torch.finfo(torch.float32).eps)
+    trace = torch.diagonal(grams.detach(), dim1=-2, dim2=-1).sum(-1)
+    floor = rounding_floor(trace, eps, n, unbiased=unbiased)
+    h = hsic_pairs(grams, unbiased=unbiased)
+    norm = torch.diagonal(h)
+    safe = torch.where(norm > floor, norm, torch.full_like(norm, float("nan")))
+    return h[0, 1] / safe.prod().sqrt()
+
+
+def _soft_gram(z: Tensor, kernel: str | Block, bandwidth: float) -> Tensor:
+    with full_precision(z.device):
+        z = z if z.dtype == torch.float64 else z.float()
+        limit = 8 * torch.finfo(z.dtype).eps * torch.linalg.vector_norm(z.detach())
+        z = z - z.mean(0)
+        if bool(torch.linalg.vector_norm(z.detach()) <= limit):
+            z = z * 0  # constant up to rounding: every HSIC is 0, the CKA nan
+        if callable(kernel):  # its values may depend on the scale
+            return checked_kernel(kernel, getattr(kernel, "__name__", type(kernel).__name__))(z, z)
+        scale = z.detach().abs().max()
+        z = z / torch.where(scale > 0, scale, torch.ones_like(scale))  # CKA does not change
+        g = (z @ z.T).double()
+        if kernel == "linear":
+            return g
+        q = z.double().square().sum(1)
+        d2 = (q[:, None] + q[None, :] - 2 * g).clamp(min=0)
+        i, j = torch.triu_indices(len(z), len(z), offset=1, device=z.device)
+        ranked = d2[i, j].sort().values
+        middle = (ranked[(len(ranked) - 1) // 2] + ranked[len(ranked) // 2]) / 2
+        return torch.exp(-d2 / (2 * bandwidth**2 * middle))
 
 
 def permutation_test(
@@ -243,14 +322,14 @@ def _exact(
                 "give features of the same images"
             )
         try:
-            estimator.put(name, x[order.to(x.device)])
+            estimator.update(name, x[order.to(x.device)])
         except NonFiniteFeaturesError as error:
             raise ValueError(
                 f"non-finite features: {name!r} holds {error}: "
                 "leave those images out or mend the network"
             ) from None
-    estimator.close_batch(0)
-    result = estimator.result()
+    estimator.end_batch(0)
+    result = estimator.compute()
     warn_degenerate(result, [repr(name) for name in names], error_bars=error_bars)
     return result
 

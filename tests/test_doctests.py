@@ -18,8 +18,7 @@ ROOMS = [
 ]
 # public functions whose docstrings show a call
 SHOWN = {
-    "cka_probe.functional": ("cka", "cka_matrix", "permutation_test"),
-    "cka_probe.engine.hsic": ("cka_loss",),
+    "cka_probe.functional": ("cka", "cka_loss", "cka_matrix", "permutation_test"),
     "cka_probe.probing.api": ("probe",),
     "msun.cutting.cuts": ("cut_points", "cut"),
     "msun.network.builder": ("build",),

@@ -1,49 +1,85 @@
-"""What every estimator shares: the protocol, its answer, and the rule that entries never change."""
+"""What every estimator of CKA shares: the protocol, its answer, and the rule on entries.
+
+An estimator takes the features of one entry at a time (`update`), ends each batch (`end_batch`) and
+returns CKA (`compute`). Estimators of different batches of one run are merged (`merge`), in one
+process or several; what they hold goes into a file as plain arrays (`state_dict`). Saving, resuming
+and several processes use this protocol alone.
+"""
 
 from collections.abc import Collection, Hashable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cka_probe.engine.hsic import Array
 
-EXACT_GROUPS = 20
-BANDWIDTH_IMAGES = 256
+__all__ = ["BANDWIDTH_IMAGES", "EXACT_GROUPS", "Estimator", "Result", "State", "check_entries"]
+__all__ += ["finish"]
+
+EXACT_GROUPS = 20  # groups of images for the jackknife of `exact` and `sketch`
+BANDWIDTH_IMAGES = 256  # the first so many images of a run fix the RBF bandwidth
+
+# Arrays and plain values by name, and "keys", the entries: what a file without pickle can hold.
+State = dict[str, Any]
+Self = TypeVar("Self", bound="Estimator")
 
 
 class Result(NamedTuple):
-    """What an estimator answers, entries in the order of `keys`.
+    """What an estimator computes, entries in the order of `keys`.
 
-    `cka`, `stderr`: (m, m) float64. `constant`, `vanishing`: (m,) bool, entries whose CKA is nan
-    because the features are constant, or because no similarity is left above rounding (or, for
-    `sketch`, above its own error). `groups`: jackknife groups behind `stderr`; intervals use
-    Student's t with groups - 1. `sketch_stderr`: (m, m) the part of `stderr` that the random
-    projection makes, None where there is none.
+    Attributes:
+        keys: the m entries.
+        cka: (m, m) float64.
+        stderr: (m, m) float64 standard errors.
+        groups: number of jackknife groups behind `stderr`; intervals use Student's t with
+            groups - 1 degrees of freedom.
+        constant: (m,) entries whose CKA is nan because their features are constant.
+        vanishing: (m,) entries whose CKA is nan because no similarity is left above rounding (for
+            `sketch`: above its own error).
+        sketch_stderr: (m, m) the part of `stderr` that the random projection makes; None for other
+            estimators.
     """
 
-    keys: list[Hashable]
+    keys: list[Any]
     cka: Array
     stderr: Array
     groups: int
-    constant: np.ndarray[Any, np.dtype[np.bool_]]
-    vanishing: np.ndarray[Any, np.dtype[np.bool_]]
+    constant: NDArray[np.bool_]
+    vanishing: NDArray[np.bool_]
     sketch_stderr: Array | None = None
 
 
 class Estimator(Protocol):
-    """What `probe` asks of an estimator."""
+    """CKA between m entries over a stream of batches."""
 
     name: str
 
-    def put(self, key: Hashable, x: Tensor) -> None:
+    @property
+    def keys(self) -> list[Any]:
+        """The entries, in the order of the first batch; empty before it has ended."""
+
+    def update(self, key: Hashable, features: Tensor) -> None:
         """Take the features (b, d) of one entry in the open batch."""
 
-    def close_batch(self, index: int) -> None:
+    def end_batch(self, index: int) -> None:
         """End batch `index`; every entry of the first batch must have come again."""
 
-    def result(self) -> Result:
+    def compute(self) -> Result:
         """CKA and standard errors of all pairs of entries."""
+
+    def new_shard(self: Self) -> Self:
+        """An empty estimator for other batches of the same run, with what is fixed already."""
+
+    def merge(self: Self, other: Self) -> None:
+        """Add what an estimator of other batches of the same run holds; that one is used up."""
+
+    def state_dict(self) -> State:
+        """All that it holds between two batches, as arrays on the CPU and plain values."""
+
+    def load_state_dict(self, state: State) -> None:
+        """Restore what `state_dict` returned, into a fresh estimator of the same options."""
 
 
 def check_entries(known: Collection[Hashable], found: Collection[Hashable], index: int) -> None:
@@ -57,14 +93,14 @@ def check_entries(known: Collection[Hashable], found: Collection[Hashable], inde
 
 
 def finish(
-    keys: list[Hashable],
+    keys: list[Any],
     cka: Array,
     stderr: Array,
     groups: int,
-    constant: np.ndarray[Any, np.dtype[np.bool_]],
+    constant: NDArray[np.bool_],
     sketch_stderr: Array | None = None,
 ) -> Result:
-    """A Result: the diagonal has no error, nan cells have no error bar either."""
+    """A Result: the diagonal has no error, and a cell that is nan has no standard error."""
     own = np.diagonal(cka)
     i = np.arange(len(keys))
     bars = []

@@ -9,26 +9,29 @@ import torch
 
 SKETCH_WORK_BYTES = 32 * 2**20
 TILE_BYTES = 128 * 2**20  # float64 numbers of one tile of every entry
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def parse_memory(text: str | int | None) -> int | None:
-    """Bytes from a number or from text such as "4GiB", "500 MB"; None stays None.
+    """Bytes from a number of bytes or from text with a unit, "4GiB", "500 MB"; None stays None.
 
     Raises:
-        ValueError: not an amount of memory, or not positive.
+        ValueError: text without a unit, not an amount of memory, or not positive.
     """
     if text is None:
         return None
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]i?)?b?\s*", str(text).lower())
+    if isinstance(text, str) and re.fullmatch(r"\s*[0-9.]+\s*", text):
+        raise ValueError(f"memory without a unit: {text!r}: write it as 4GiB or 500MB")
+    # a number, a unit and an optional B: "4GiB", "4 gi", "500MB"; an int is bytes
+    match = re.fullmatch(r"\s*([0-9.]+)\s*(?:([kmgt]i?)b?|b)\s*", str(text).lower())
     try:
-        amount = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+        amount = float(match[1]) * _UNITS.get(match[2] or "", 1) if match else float(text)
     except ValueError:
         amount = 0
-    if amount <= 0:
+    if not 1 <= amount < 2**63:
         raise ValueError(f"bad amount of memory: {text!r}: write it as 4GiB or 500MB")
-    return amount
+    return int(amount)
 
 
 def available_memory() -> int:
@@ -87,23 +90,6 @@ def exact_bytes(n: int, sizes: Sequence[tuple[int, int]], *, groups: int = 20) -
     # one entry while it is centred, and its chunk in float64
     once = max(n * d * max(4, size) + 16 * min(n * d, max(d, 2**22)) for d, size in sizes)
     return kept + once + _sums(n, len(sizes), groups) + 3 * min(TILE_BYTES, 8 * len(sizes) * n * n)
-
-
-def spool_bytes(
-    n: int, sizes: Sequence[tuple[int, int]], memory: int, *, groups: int = 20
-) -> tuple[int, int]:
-    """The least memory of `exact` with its features on disk, and the disk that it takes."""
-    m = len(sizes)
-    disk = sum(n * d * size for d, size in sizes)
-    if 8 * m * n * n > memory // 4:
-        disk += 8 * m * n * n
-    rows = 24 * m * n + 4 * 40 * 64 * n  # a row of every Gram; 64 columns of features
-    return rows + _sums(n, m, groups), disk
-
-
-def spool_columns(n: int, memory: int) -> int:
-    """Columns of a tile of spooled features: reading and centring it takes a quarter of memory."""
-    return max(64, min(16384, memory // (160 * n)))
 
 
 def sketch_bytes(

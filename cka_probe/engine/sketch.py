@@ -1,7 +1,8 @@
 """The `sketch` estimator: exact CKA of a random projection, k numbers of every layer and image."""
 
+from __future__ import annotations
+
 import math
-import warnings
 from collections.abc import Hashable
 from typing import Any
 
@@ -9,19 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cka_probe.engine.device import Watch, on_accelerator
-from cka_probe.engine.estimator import EXACT_GROUPS, Result, check_entries, finish
-from cka_probe.engine.hsic import Array, check_n
-from cka_probe.engine.kernels import (
-    Block,
-    Kernel,
-    NonFiniteFeaturesError,
-    centre_full,
-    check_finite,
-    get_kernel,
-)
+from cka_probe.engine.batch_gram import FiniteCheck, device_for_sums, on_accelerator
+from cka_probe.engine.centring import NonFiniteFeaturesError, centre_full, check_finite
+from cka_probe.engine.estimator import EXACT_GROUPS, Result, State, check_entries, finish
+from cka_probe.engine.exact import Rows, load_rows, rows_state
+from cka_probe.engine.hsic import check_n
+from cka_probe.engine.kernels import Block, Kernel, get_kernel
 from cka_probe.engine.projection import BLOCKS, Projection
-from cka_probe.engine.rows import Rows
 from cka_probe.engine.sketch_sums import SketchSums, sketched_result
 
 SKETCH_SIZE = 512
@@ -39,18 +34,17 @@ class Sketch:
     high by an order 1 / k (about 0.01 at k = 128). Memory: m n k float32.
 
     Args:
-        n_batches: ignored; there so that estimators are interchangeable.
+        n_batches: ignored, so that estimators are interchangeable.
         kernel: "linear" only: distances between sketches are biased, and so is exp of them.
         bandwidth: ignored.
         unbiased: True only.
-        size: k, rounded up to a multiple of 8; 512 where neither it nor a precision is given.
-        precision: wanted standard error of the sketch itself; `size_for` turns it into k.
-        seed: of the matrices.
-        n_images: images in the run, so that memory is taken once; None where it is not known.
-        groups: of images, for the sampling error.
+        size: k, rounded up to a multiple of 8; None for 512.
+        seed: seed of the matrices.
+        n_images: images in the run, so that memory is taken once; None if it is not known.
+        groups: groups of images for the sampling error.
 
     Raises:
-        ValueError: another kernel, a size below 32, a precision that is not between 0 and 1.
+        ValueError: another kernel, or a size below 32.
     """
 
     name = "sketch"
@@ -63,50 +57,45 @@ class Sketch:
         bandwidth: float = 1.0,
         unbiased: bool = True,
         size: int | None = None,
-        precision: float | None = None,
         seed: int = 0,
         n_images: int | None = None,
         groups: int = EXACT_GROUPS,
     ) -> None:
-        del n_batches, bandwidth
+        del bandwidth
+        self.n_batches = n_batches
         check_linear(get_kernel(kernel))
         if not unbiased:
             raise ValueError("biased sketch: unbiased=False: use estimator='exact'")
-        self.size = choose_size(size, precision)
-        self.precision = precision
+        self.size = sketch_size(size)
         self.seed, self.n_images, self.groups = seed, n_images, groups
-        self.rows: dict[Hashable, Rows] = {}
+        self.rows: dict[Any, Rows] = {}
         self.origin: dict[Hashable, Tensor] = {}  # (k,) float64, what the rows are relative to
-        self.offset: dict[Hashable, Tensor] = {}  # sum over images of |batch mean|^2
-        self.eps: dict[Hashable, float] = {}
+        self.offset: dict[Hashable, Tensor] = {}  # sum over images of |batch mean|^2, 0-d float64
+        self.kept: dict[Hashable, bool] = {}  # whether it has no more than k features: no sketch
         self._projections: dict[Hashable, Projection | None] = {}
-        self.kept: dict[Hashable, bool] = {}  # as it is: no more than k features
-        self._open: dict[Hashable, list[Tensor]] = {}
-        self._watch = Watch()
+        self._open: dict[Hashable, tuple[Tensor, Tensor, Tensor]] = {}
+        self._finite = FiniteCheck()
 
-    def put(self, key: Hashable, x: Tensor) -> None:
-        """Project features (b, d) of `key`; k numbers an image are kept.
+    @property
+    def keys(self) -> list[Any]:
+        """The entries, in the order of the first batch."""
+        return list(self.rows)
 
-        The batch's mean is taken off before the projection and its own projection, in float64, put
-        back: a large offset of the features costs no digits.
+    def update(self, key: Hashable, features: Tensor) -> None:
+        """Project features (b, d) of one entry; k numbers an image are kept.
+
+        The batch's mean is removed before the projection and its own projection, in float64, added
+        back when the batch ends: a large offset of the features costs no digits.
 
         Raises:
-            NonFiniteFeaturesError: NaN or Inf.
+            NonFiniteFeaturesError: NaN or Inf (on an accelerator, when the batch ends).
         """
-        self._open[key] = self.piece(key, x)
-
-    def piece(self, key: Hashable, x: Tensor) -> list[Tensor]:
-        """What is kept of features (b, d): their sketch (b, k), what was taken off, and its size.
-
-        Returns:
-            y (b, k); the projection of the batch's mean, (k,) float64; b |mean|^2, 0-d float64.
-        """
-        x = x.detach()
+        x = features.detach()
         if x.dtype not in (torch.float32, torch.float64):
             x = x.float()
         mean = x.mean(0)
-        fast = not on_accelerator(x)
-        if fast and not bool(torch.isfinite(mean).all()):
+        at_once = not on_accelerator(x)
+        if at_once and not bool(torch.isfinite(mean).all()):
             check_finite(x)
             raise NonFiniteFeaturesError("values too large for sums in their dtype")
         if key not in self._projections:
@@ -116,120 +105,105 @@ class Sketch:
             )
             self.kept[key] = not wide
         projection = self._projections[key]
-        if projection is None:
-            y, start = x - mean, _double(mean)
-        else:
-            y, start = projection(x, mean)
-        if not fast:
-            self._watch.put(key, y)
+        y, start = (x - mean, _double(mean)) if projection is None else projection(x, mean)
+        if not at_once:
+            self._finite.update(key, y)
         elif not bool(torch.isfinite(y).all()):
             check_finite(x)
             raise NonFiniteFeaturesError("values too large for sums in their dtype")
-        return [y, start, len(x) * torch.linalg.vector_norm(_double(mean)).square()]
+        self._open[key] = y, start, len(x) * torch.linalg.vector_norm(_double(mean)).square()
 
-    def absorb(self, key: Hashable, piece: list[Tensor]) -> None:
-        """Keep what the estimator of another process made; it knows `kept` of the entry."""
-        self._open[key] = piece
-
-    def settle(self) -> None:
-        """Look at the pieces of a batch.
+    def end_batch(self, index: int) -> None:
+        """Keep the open batch under its index; batches may come in any order.
 
         Raises:
-            NonFiniteFeaturesError: NaN or Inf.
+            ValueError: the entries are not those of the first batch.
+            NonFiniteFeaturesError: NaN or Inf, found on an accelerator.
         """
-        self._watch.settle()
-
-    def close_batch(self, index: int) -> None:
-        """File the open batch under its index; batches may come in any order."""
         batch, self._open = self._open, {}
-        self._watch.settle()
+        self._finite.check()
         check_entries(self.rows, batch, index)
         for key, (y, start, offset) in batch.items():
-            start = start - self.origin.setdefault(key, start)
-            y.add_(start.to(y.dtype).to(y.device))
+            origin = self.origin.setdefault(key, start)
+            y.add_((start - origin.to(start.device)).to(y.dtype).to(y.device))
             self.rows.setdefault(key, Rows(self.n_images)).append(index, y)
-            self.offset[key] = offset + self.offset.get(key, torch.zeros_like(offset))
-            self.eps[key] = torch.finfo(y.dtype).eps
+            known = self.offset.get(key, torch.zeros_like(offset))
+            self.offset[key] = offset + known.to(offset.device)
 
-    def restore(
-        self, keys: list[Hashable], widths: Array, origin: Array, offset: Array, kept: Array,
-        home: torch.device,
-    ) -> None:  # fmt: skip
-        """Take up, on `home`, what rows that follow by `add_rows` are relative to."""
-        starts = np.split(origin, np.cumsum(widths)[:-1])
-        for key, start, size, whole in zip(keys, starts, offset, kept, strict=True):
-            self.origin[key] = torch.tensor(start, dtype=torch.float64, device=home)
-            self.offset[key] = torch.tensor(float(size), dtype=torch.float64, device=home)
-            self.kept[key] = bool(whole)
+    def new_shard(self) -> Sketch:
+        """An empty estimator for other batches of the same run, relative to the same origin."""
+        shard = Sketch(kernel="linear", size=self.size, seed=self.seed, groups=self.groups)
+        shard.origin = dict(self.origin)
+        return shard
 
-    def add_rows(self, key: Hashable, index: int, y: Tensor) -> None:
-        """Take rows that were kept before."""
-        self.rows.setdefault(key, Rows(self.n_images)).append(index, y)
-        self.eps[key] = torch.finfo(y.dtype).eps
-
-    def merge(self, other: "Sketch") -> None:
-        """Take the sketches of another estimator over other batches of the same run.
+    def merge(self, other: Sketch) -> None:
+        """Take the sketches of an estimator over other batches of the same run.
 
         Raises:
             ValueError: another seed or size, or other entries.
         """
         if (self.seed, self.size) != (other.seed, other.size):
             raise ValueError("sketches of another run: seed or size differ: merge equal runs")
-        check_entries(self.rows, other.rows, -1)
+        if other.rows:
+            check_entries(self.rows, other.rows, -1)
         for key, rows in other.rows.items():
-            shift = other.origin[key] - self.origin.setdefault(key, other.origin[key])
-            for _, y in rows.parts:
-                y.add_(shift.to(y.dtype).to(y.device))
-            self.rows.setdefault(key, Rows()).extend(rows)
-            self.offset[key] = self.offset.get(key, 0.0) + other.offset[key]
-            self.eps[key] = other.eps[key]
+            origin = self.origin.setdefault(key, other.origin[key])
+            shift = other.origin[key] - origin.to(other.origin[key].device)
+            own = self.rows.setdefault(key, Rows(self.n_images))
+            for index, y in rows.parts:
+                own.append(index, y + shift.to(y.dtype).to(y.device))
+            known = self.offset.get(key, torch.zeros_like(other.offset[key]))
+            self.offset[key] = other.offset[key] + known.to(other.offset[key].device)
             self.kept[key] = other.kept[key]
+        other.rows = {}
 
-    def result(self) -> Result:
+    def compute(self) -> Result:
         """CKA; sampling and sketch error added in quadrature; what is degenerate.
 
-        The sketches are let go as they are used: call it once.
+        The sketches are freed as they are used: call it once.
         """
-        keys = list(self.rows)
+        keys = self.keys
         n = len(self.rows[keys[0]])
         check_n(n)
-        features, constant = [], []
+        features, constant, eps = [], [], []
         for key in keys:
-            centred = centre_full(self.rows.pop(key).take())
+            rows = self.rows.pop(key).take()
+            eps.append(torch.finfo(rows.dtype).eps)
+            centred = centre_full(rows)
             blocks = 1 if self.kept[key] else BLOCKS
+            # a sketch sums the squared norm once a block
             spread = float(torch.linalg.vector_norm(centred.x.double())) / math.sqrt(blocks)
-            limit = (
-                8
-                * self.eps[key]
-                * math.hypot(spread, math.sqrt(float(self.offset[key])) / centred.scale)
-            )
-            flat = centred.constant or spread <= limit
+            # constant up to rounding, 8 eps of the norm with its offset, as in `centre_full`
+            norm = math.hypot(spread, math.sqrt(float(self.offset[key])) / centred.scale)
+            flat = centred.constant or spread <= 8 * eps[-1] * norm
             features.append(centred.x.zero_() if flat else centred.x)
             constant.append(flat)
         kept = [self.kept[key] for key in keys]
         sums = SketchSums(features, kept, min(self.groups, n // 4))
-        eps = np.array([self.eps[key] for key in keys])
-        cka, sampling, own = sketched_result(sums, eps)
-        self._check_precision(own)
+        cka, sampling, own = sketched_result(sums, np.array(eps))
         stderr = np.hypot(sampling, own)
         return finish(keys, cka, stderr, sums.groups, np.array(constant), own)
 
-    def _check_precision(self, own: Array) -> None:
-        """Warn where the sketch came out coarser than was asked for."""
-        cells = own[~np.eye(len(own), dtype=bool) & np.isfinite(own)]
-        reached = float(np.sqrt((cells**2).mean())) if cells.size else 0.0
-        if self.precision is not None and reached > self.precision:
-            more = -(-math.ceil(self.size * (reached / self.precision) ** 1.4) // BLOCKS) * BLOCKS
-            warnings.warn(
-                f"sketch coarser than asked: standard error {reached:.2g} for {self.precision}: "
-                f"use a sketch size of {more}",
-                UserWarning,
-                stacklevel=4,
-            )
+    def state_dict(self) -> State:
+        """The sketches of all batches, and what they are relative to."""
+        state = rows_state(self.rows)
+        for e, key in enumerate(self.rows):
+            state[f"origin {e}"] = self.origin[key].cpu().numpy()
+        state["offset"] = np.array([float(self.offset[key]) for key in self.rows])
+        state["kept"] = np.array([self.kept[key] for key in self.rows], dtype=bool)
+        return state
+
+    def load_state_dict(self, state: State) -> None:
+        """Restore `state_dict`, on the CPU."""
+        self.rows = load_rows(state, self.n_images)
+        for e, key in enumerate(self.rows):
+            self.origin[key] = torch.from_numpy(np.array(state[f"origin {e}"]))
+            self.offset[key] = torch.tensor(float(state["offset"][e]), dtype=torch.float64)
+            self.kept[key] = bool(state["kept"][e])
 
 
 def _double(x: Tensor) -> Tensor:
-    return (x.cpu() if x.device.type == "mps" else x).double()
+    return x.to(device_for_sums(x.device)).double()
 
 
 def check_linear(kernel: Kernel) -> None:
@@ -241,36 +215,17 @@ def check_linear(kernel: Kernel) -> None:
         )
 
 
-def choose_size(size: Any, precision: Any) -> int:
-    """K from what was asked: a size, a precision, or neither (512); a multiple of 8.
+def sketch_size(size: int | None) -> int:
+    """K from what the user asked for, or 512: a multiple of 8.
+
+    At k = 128, 512 and 2048 the standard error of the sketch itself was 0.030, 0.011 and 0.0042 on
+    whole maps of MobileNetV2 and a CIFAR ResNet-20, 800 images (experiments/sketch_accuracy.py).
+    Features of more directions need more.
 
     Raises:
-        ValueError: both given, or out of range.
+        ValueError: fewer than 32.
     """
-    if size is not None and precision is not None:
-        raise ValueError(f"sketch size and precision: {size} and {precision}: give one of them")
-    if precision is not None:
-        return size_for(precision)
     k = SKETCH_SIZE if size is None else int(size)
     if k < MIN_SIZE:
         raise ValueError(f"sketch too small: {size}: give at least {MIN_SIZE}, usually 512")
     return -(-k // BLOCKS) * BLOCKS
-
-
-def size_for(precision: float) -> int:
-    """K for a wanted standard error of the sketch, by the rule of `own_error`."""
-    if not 0 < precision < 1:
-        raise ValueError(f"bad precision: {precision}: give a standard error such as 0.03")
-    size = MIN_SIZE
-    while own_error(size) > precision:
-        size += BLOCKS * (1 + size // 512)
-    return size
-
-
-def own_error(size: int) -> float:
-    """The standard error of a sketch of k numbers that two trained networks showed.
-
-    MobileNetV2 and a CIFAR ResNet-20, whole maps, 800 images: 0.030, 0.011 and 0.0042 at k = 128,
-    512 and 2048 (experiments/sketch_accuracy.py). Features of more directions need more.
-    """
-    return float(0.95 / size**0.71)

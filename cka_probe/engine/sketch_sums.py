@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cka_probe.engine.hsic import Array, jackknife, normalise, rounding_floor
-from cka_probe.engine.kernels import full_precision
+from cka_probe.engine.hsic import Array, jackknife, normalise, rounding_floor, song
 from cka_probe.engine.memory import SKETCH_WORK_BYTES, over_images
+from cka_probe.engine.products import full_precision
 from cka_probe.engine.projection import BLOCKS
 
 
@@ -178,9 +178,6 @@ class SketchSums:
         table[1:] += own
         return table
 
-    def _song(self, a: Tensor, rr: Tensor, ss: Tensor, n: int) -> Tensor:
-        return (a - 2 / (n - 2) * rr + ss / ((n - 1) * (n - 2))) / (n * (n - 3))
-
     def hsic(self, g: int = -1) -> tuple[Array, Array]:
         """HSIC of all pairs (m, m) and sum_b HSIC(K^_b, K^_b) (m,), without group g (-1: with)."""
         keep = self._without(g)
@@ -188,8 +185,8 @@ class SketchSums:
         r = self.rows.sum(2) - (self.rows[:, :, g] if g >= 0 else 0)
         r = r[:, keep]
         s = r.sum(1)
-        total = self._song(self.sums.total[g + 1], r @ r.T, torch.outer(s, s), n)
-        own = self._song(self.sums.own[g + 1], self.own_rows[0, g + 1], self.own_rows[1, g + 1], n)
+        total = song(self.sums.total[g + 1], r @ r.T, torch.outer(s, s), n)
+        own = song(self.sums.own[g + 1], self.own_rows[0, g + 1], self.own_rows[1, g + 1], n)
         return total.cpu().numpy(), own.cpu().numpy()
 
     def by_block(self) -> tuple[Array, Array]:
@@ -197,8 +194,8 @@ class SketchSums:
         r = self.block_rows.transpose(0, 1)  # (q, m, n)
         s = r.sum(2)  # (q, m)
         mean, mean_s = r.mean(0), s.mean(0)
-        cross = self._song(self.sums.cross, r @ mean.T, s[:, :, None] * mean_s, self.n)
-        same = self._song(self.sums.same, r @ r.transpose(1, 2), s[:, :, None] * s[:, None], self.n)
+        cross = song(self.sums.cross, r @ mean.T, s[:, :, None] * mean_s, self.n)
+        same = song(self.sums.same, r @ r.transpose(1, 2), s[:, :, None] * s[:, None], self.n)
         return cross.cpu().numpy(), same.cpu().numpy()
 
 

@@ -6,49 +6,28 @@ so error bars cost no second pass.
 """
 
 from itertools import pairwise
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cka_probe.engine.bandwidth import median_bandwidth
+from cka_probe.engine.centring import centre_full, feature_eps
 from cka_probe.engine.hsic import Array, hsic_from_sums, jackknife, normalise, rounding_floor
-from cka_probe.engine.kernels import (
-    KERNELS,
-    Kernel,
-    centre_full,
+from cka_probe.engine.kernels import KERNELS, Kernel, median_bandwidth
+from cka_probe.engine.memory import TILE_BYTES
+from cka_probe.engine.products import (
     distances,
-    feature_eps,
     full_precision,
     product,
     squared_distances,
     squared_norms,
 )
-from cka_probe.engine.memory import TILE_BYTES
 
-_CACHE_BYTES = 2**24  # of float64 numbers of one tile of every entry, while they are summed
+_CACHE_BYTES = 2**24  # float64 numbers of one tile of every entry, while they are summed
 _BANDWIDTH_ROWS = 256  # of distances at a time, and no fewer than an eighth
 _LEVEL_IMAGES = 256  # whose mean similarity is taken off a kernel of the user's
 LINEAR = KERNELS["linear"]
 _SUM_EPS = 64 * float(np.finfo(np.float64).eps)  # what Song's sums lose of the largest of them
-
-
-class Blocks(Protocol):
-    """Where tiles of m Gram matrices come from, before a kernel's `finish`."""
-
-    n: int
-    m: int
-    constant: np.ndarray[Any, np.dtype[np.bool_]]
-    eps: list[float]
-    home: torch.device
-    whole_rows: bool  # whether a block costs as much as all columns of its rows
-
-    def base(self, i: int, rows: slice, columns: slice) -> Tensor:
-        """The kernel's `base` (float64) of entry i for these rows and columns."""
-
-    def diagonal(self, i: int) -> Tensor:
-        """(n,) float64, of the linear Gram of entry i, in the scale of `base`."""
 
 
 class FeatureBlocks:
@@ -61,7 +40,6 @@ class FeatureBlocks:
 
     def __init__(self, features: list[Tensor], kernel: Kernel) -> None:
         self.n, self.m, self.kernel = features[0].shape[0], len(features), kernel
-        self.whole_rows = False
         self.home = features[0].device if features[0].device.type == "cuda" else torch.device("cpu")
         self.x: list[Tensor] = []
         self.eps: list[float] = []
@@ -110,7 +88,7 @@ class TiledSums:
 
     def __init__(
         self,
-        source: Blocks,
+        source: FeatureBlocks,
         kernel: Kernel,
         *,
         groups: int,
@@ -226,9 +204,7 @@ class TiledSums:
                     self.rows[:, start:stop, g] += tile.sum(1)
 
     def _chunks(self, g: int, rows: int) -> list[tuple[int, int]]:
-        """Groups g.. in runs whose tiles fit a cache; one run where the source reads whole rows."""
-        if self.source.whole_rows:
-            return [(g, self.groups)]
+        """Groups g.. in runs whose tiles fit a cache."""
         width = max(1, _CACHE_BYTES // (8 * self.m * rows))
         chunks, first = [], g
         for h in range(g, self.groups):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cka_probe.engine.hsic import cka_loss
+from cka_probe.functional import cka_loss
 from cka_probe.inputs.views import resize
 from msun.network.policy import RAW_TAU
 
