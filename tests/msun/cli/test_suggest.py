@@ -10,7 +10,6 @@ from PIL import Image
 from cka_probe import Report, probe
 from cka_probe.models.load import load_model
 from msun.cli import main as cli
-from msun.cli import suggest as cli_suggest
 
 NET = """
 from torch import nn
@@ -81,8 +80,7 @@ def test_rule_view_and_numbers_reach_it_and_nothing_is_written_unasked(capsys, h
     monkeypatch.chdir(home)
     before = sorted(home.iterdir())
     words = ["report.npz", "--model", "net.py:net"]
-    out = run(capsys, *words, "--rule", "threshold", "--view", "16", "--level", "0.01")
-    assert "CKA stays at 0.01 or above" in out
+    out = run(capsys, *words, "--rule", "recovery", "--view", "16")
     report = Report.load(home / "report.npz")
     assert f"{report.against()['16']['2']:.3f}" in out
     wide = run(capsys, *words, "--rule", "recovery", "--delta", "1")
@@ -107,18 +105,18 @@ def test_from_scratch_equals_probing_first(capsys, home, tmp_path):
     assert (tmp_path / "again" / "split.json").read_text() == first
     assert json.loads(first)["why"] in out
     error = refused(capsys, *words)
-    assert "a report is there already" in error
+    assert "a result is there already" in error
     run(capsys, *words, "--overwrite", "--quiet", "--resize", "native", "--seed", "1")
     assert "another field of view" in (tmp_path / "out" / "split.json").read_text()
 
 
 def test_bad_words_are_refused_before_anything_is_probed(capsys, home, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli_suggest, "probe", None)
+    monkeypatch.setattr("cka_probe.probing.run.Run", None)
     words = ["--model", f"{home / 'net.py'}:net", "--data", home / "photos", "--out",
              tmp_path / "out", "--scales", "8,24"]  # fmt: skip
     for more in (
         ("--rule", "best"), ("--growth", "0"), ("--growth", "inf"), ("--delta", "2"),
-        ("--level", "-1"), ("--view", "24"), ("--view", "9"),
+        ("--view", "24"), ("--view", "9"),
     ):  # fmt: skip
         refused(capsys, *words, *more)
     assert not (tmp_path / "out").exists()
@@ -202,7 +200,7 @@ def test_a_failed_run_leaves_nothing(capsys, home, tmp_path, monkeypatch):
     def fail(*_):
         raise ValueError("no ink: 0: buy some")
 
-    monkeypatch.setattr(cli_suggest, "save_figure", fail)
+    monkeypatch.setattr("cka_probe.plot.figures.save_figure", fail)
     assert "no ink: 0: buy some" in refused(capsys, *words)
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()

@@ -11,6 +11,7 @@ from training import NET
 from msun.cli import main as cli
 from msun.cli import train as cli_train
 from msun.network import checkpoint
+from msun.training.config import TrainConfig
 from msun.training.step import Descent
 
 
@@ -64,7 +65,7 @@ def test_words_reach_the_recipe(words):
         "--flip", "off", "--rows", "4,0,2", "--seed", "3", "--save-every", "5", "--mean",
         "0.5,0.5,0.5", "--std", "1,1,1", "--images", "40", "--resume", "--device", "cpu",
     ]  # fmt: skip
-    config = cli_train._config(cli.build_parser().parse_args([*words, *more]))
+    config = cli_train.train_config(cli.build_parser().parse_args([*words, *more]))
     want = {
         "max_steps": 7, "lr": 0.3, "constraint": "cka", "distill": 1.0, "ema": 0.99, "amp": "bf16",
         "clip": 1.0, "tau": 0.2, "decay_norms": False, "crop_area": [0.5, 0.9], "flip": False,
@@ -75,8 +76,8 @@ def test_words_reach_the_recipe(words):
 
 
 def test_words_that_are_left_out_keep_the_defaults(words):
-    config = cli_train._config(cli.build_parser().parse_args(words))
-    default = cli_train.TrainConfig(out=config.out, epochs=6, batch_size=8, device=config.device)
+    config = cli_train.train_config(cli.build_parser().parse_args(words))
+    default = TrainConfig(out=config.out, epochs=6, batch_size=8, device=config.device)
     assert config == default
 
 
