@@ -62,7 +62,7 @@ def add(commands: Any) -> None:
     group.add_argument("--scales", metavar="32,64,224",
                        help="sides in pixels, the largest is the reference")  # fmt: skip
     group.add_argument("--resize", default="restore", metavar="restore|native",
-                       help="restore (default) resizes to s and back up; native: s x s")  # fmt: skip
+                       help="restore (default) resizes to s and back; native: s x s")  # fmt: skip
     group.add_argument("--no-antialias", action="store_true", help="resize without antialiasing")
     add_probe_input(group, required=False)
     parser.set_defaults(call=execute)

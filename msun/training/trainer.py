@@ -172,7 +172,7 @@ class _Run:
         if rows is None:
             if outputs != classes:
                 text = f"{outputs} outputs for the {classes} classes of {self.data.name!r}"
-                way = f"give it a new head (--new-head {classes}, msun.new_head), or name rows"
+                way = f"give it a new head (--classes {classes}, msun.new_head), or name rows"
                 raise ValueError(f"head does not fit the data: {text}: {way}")
             return None
         chosen = [int(row) for row in rows]

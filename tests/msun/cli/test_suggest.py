@@ -126,7 +126,7 @@ def test_the_embedded_case(capsys, tmp_path):
     words = ["--model", "glyphnet", "--data", "glyphs", "--scales", "16,64", "--images", "96"]
     assert cli.main(["suggest", *words, "--batch-size", "16", "--out", str(tmp_path)]) == 0
     out, _ = capsys.readouterr()  # the progress bar is on stderr
-    assert out.startswith("glyphnet: probing at 16, 64 px\n")
+    assert out.startswith("glyphnet: 96 images of cka_probe.inputs.glyphs, ")
     told = json.loads((tmp_path / "split.json").read_text())
     assert {row["layer"] for row in told["ranking"]} >= {"stem", "layer1", "layer2", "layer3"}
     assert told["clear"]
@@ -207,3 +207,13 @@ def test_a_failed_run_leaves_nothing(capsys, home, tmp_path, monkeypatch):
     monkeypatch.setattr("msun.splitting.choice.SplitChoice.save", fail)
     refused(capsys, *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_split_is_not_overwritten_unasked(capsys, home, tmp_path):
+    words = [home / "report.npz", "--model", f"{home / 'net.py'}:net", "--out", tmp_path]
+    run(capsys, *words)
+    (tmp_path / "split.json").write_text("mine")
+    assert "a result is there already: " in refused(capsys, *words)
+    assert (tmp_path / "split.json").read_text() == "mine"
+    run(capsys, *words, "--overwrite")
+    assert (tmp_path / "split.json").read_text() != "mine"

@@ -76,7 +76,7 @@ def test_the_commands_of_the_readme_fit_a_folder_of_ones_own(place, capsys):
     ]  # fmt: skip
     assert main(words) == 2
     said = capsys.readouterr().err
-    (way,) = re.findall(r"--new-head \d+", said)
+    (way,) = re.findall(r"--classes \d+", said)
     assert main([*words, *way.split()]) == 0
     net = msun.load(place / "run" / "model.pt")
     assert net.classes == 3
