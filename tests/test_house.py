@@ -123,7 +123,7 @@ def test_no_private_name_crosses_rooms(path):
 def test_no_public_function_has_the_name_of_its_module(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    assert path.stem not in names
+    assert path.stem not in names - {"main"}  # the entry point of a program, as everywhere
 
 
 @parametrized

@@ -13,7 +13,7 @@ from cka_probe.cli.options import (
     load_network,
     network_meta,
     pixel_constants,
-    positive,
+    side,
 )
 from cka_probe.cli.output import (
     OUTPUTS,
@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
         'images: views "a" and "b". Writes DIR/report.npz, cka.csv, grid.png and report.html.',
     )
     add_model(parser, many=True)
-    parser.add_argument("--size", type=positive, default=224, metavar="S",
+    parser.add_argument("--size", type=side, default=224, metavar="S",
                         help="side in pixels (default 224)")  # fmt: skip
     add_probe_input(parser)
     add_estimator(parser)

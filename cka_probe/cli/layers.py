@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from cka_probe.cli.options import MODEL_HELP, add_model_arg, load_network, positive
+from cka_probe.cli.options import MODEL_HELP, add_model_arg, load_network, side
 from cka_probe.cli.output import table_lines
 from cka_probe.cli.program import FIRST
 
@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--model", required=True, metavar="M", help=MODEL_HELP)
     add_model_arg(parser)
-    parser.add_argument("--size", type=positive, metavar="S",
+    parser.add_argument("--size", type=side, metavar="S",
                         help="input side in pixels; default: its own, else 224")  # fmt: skip
     parser.set_defaults(call=execute, processes=FIRST)
 

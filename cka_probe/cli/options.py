@@ -22,12 +22,14 @@ __all__ = [
     "add_probe_input",
     "data_source",
     "device_of",
+    "is_embedded",
     "load_network",
     "network_meta",
     "numbers",
     "pixel_constants",
     "positive",
     "seed",
+    "side",
     "whole_numbers",
 ]
 
@@ -61,6 +63,17 @@ def positive(text: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"bad value: {text}: give a whole number of 1 or more")
+    return value
+
+
+def side(text: str) -> int:
+    """The argparse type of a side in pixels."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"bad size: {text}: a side is at least 1 pixel")
     return value
 
 

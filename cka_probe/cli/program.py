@@ -39,8 +39,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise argparse's message as one line, without the usage block."""
-        # "argument --size: bad side: 0: hint" -> "bad side for --size: 0: hint"
-        message = re.sub(r"^argument (\S+): ([^:]+): ", r"\2 for \1: ", message)
+        # "argument --mean: no list of numbers: 'x': hint" -> "no list of numbers for --mean: 'x':
+        # hint"; where the problem names the option already, only the first words go
+        found = re.match(r"argument --([\w-]+): ([^:]+)(: .*)", message, flags=re.DOTALL)
+        if found:
+            name, problem, rest = found.groups()
+            message = problem + ("" if name in problem else f" for --{name}") + rest
         hint = "" if message.count(": ") > 1 else f": see {self.prog} --help"
         raise UsageError(message + hint)
 

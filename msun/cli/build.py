@@ -1,24 +1,23 @@
 """`msun build`: a multi-scale network from a backbone, a cut and the scales, in a file."""
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cka_probe.inputs.scales import parse_scales
-from cka_probe.models.load import parse_model_args
+from cka_probe.cli.options import seed
+from cka_probe.cli.output import table_lines
 from msun.cli.options import add_model, load
-from msun.network.builder import build
-from msun.network.checkpoint import save
-from msun.network.kernel_resize import STARTS
-from msun.network.model import MSUN
-from msun.network.policy import POLICIES
-from msun.network.shape_probe import parameter_count
 
-__all__ = ["add", "add_building", "build_network", "describe"]
+if TYPE_CHECKING:
+    from msun.network.model import MSUN
+
+__all__ = ["add", "add_building", "build_network", "describe", "execute"]
 
 
 def add(commands: Any) -> None:
-    """Add the command's words to the parser."""
+    """Add the command to the parser's sub-commands."""
     parser = commands.add_parser(
         "build",
         help="make a multi-scale network around a backbone",
@@ -30,38 +29,43 @@ def add(commands: Any) -> None:
     parser.add_argument("--at", required=True, metavar="LAYER",
                         help="where the trunk begins: after it (see `msun cuts`)")  # fmt: skip
     add_building(parser)
-    parser.add_argument("--seed", type=int, default=0, metavar="S",
-                        help="of random weights (default 0)")  # fmt: skip
+    parser.add_argument("--seed", type=seed, default=0, metavar="S",
+                        help="seeds random weights (default 0)")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
-    parser.set_defaults(call=build_file)
+    parser.set_defaults(call=execute)
 
 
-def add_building(parser: Any) -> None:
+def add_building(parser: argparse.ArgumentParser) -> None:
     """Add --scales, --preset, --subnets, --merge, --norm, --inputs and --start.
 
     Args:
-        parser: of a command.
+        parser: the command's parser.
     """
     word = parser.add_argument
     word("--scales", required=True, metavar="S,S,...", help="sides in pixels; the largest is the "
          "one at which the network is the backbone")  # fmt: skip
-    word("--preset", default="lean", metavar="P", help=f"{' or '.join(POLICIES)} (default lean)")
+    word("--preset", default="lean", metavar="P", help="paper or lean (default lean)")
     word("--subnets", metavar="own|shared", help="weights of the subnets; default: the preset's")
     word("--merge", metavar="full|follow|native", help="grid of the trunk; default: the preset's")
     word("--norm", metavar="shared|private", help="batch norms of the trunk; default: the preset's")
     word("--inputs", metavar="native|small|scale", help="images between the scales: as they are; "
          "resized to the scale that serves them, but for the largest; all resized; default: the "
          "preset's")  # fmt: skip
-    word("--start", default="copied", metavar="S",
-         help=f"of the small subnets: {', '.join(STARTS)} (default copied)")  # fmt: skip
+    word("--start", default="copied", metavar="S", help="initial weights of the small subnets: "
+         "copied, resampled or dilated (default copied)")  # fmt: skip
 
 
 def build_network(args: argparse.Namespace) -> MSUN:
-    """The network that a command line asks for.
+    """The network that a command line describes.
 
     Args:
-        args: with the words of `add_model`, `add_building`, and `at`.
+        args: the parsed command line, with the arguments of `add_model` and `add_building`, and at.
     """
+    from cka_probe.inputs.scales import parse_scales
+    from cka_probe.models.load import parse_model_args
+    from msun.network.builder import build
+
     scales = parse_scales(args.scales)
     loaded = load(args)
     return build(
@@ -78,13 +82,19 @@ def build_network(args: argparse.Namespace) -> MSUN:
     )
 
 
-def build_file(args: argparse.Namespace) -> None:
-    """`msun build`."""
+def execute(args: argparse.Namespace) -> None:
+    """Build the network, save it and print what it is made of."""
+    from msun.network.checkpoint import save
+
     out = Path(args.out)
     if not out.parent.is_dir():
         raise ValueError(f"no such folder: {out.parent}: make it, or choose another --out")
     if out.is_dir():
         raise ValueError(f"output is a folder: {out}: give the name of a file")
+    if out.exists() and not args.overwrite:
+        raise ValueError(
+            f"a file is there already: {out}: add --overwrite, or choose another --out"
+        )
     net = build_network(args)
     save(net, out)
     for line in describe(net):
@@ -98,6 +108,8 @@ def describe(net: MSUN) -> list[str]:
     Args:
         net: the network.
     """
+    from msun.network.shape_probe import parameter_count
+
     rows = [("px", "subnet gives", "trunk runs at", "parameters", "GMACs", "what differs")]
     for side in net.scales:
         plan = net.plan(side, scale=side)
@@ -111,11 +123,6 @@ def describe(net: MSUN) -> list[str]:
                 net.origin.changes[side] or "nothing: the backbone",
             )
         )
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
     policy = net.policy
     return [
         f"{net.origin.backbone} cut after {net.at!r}, preset {net.preset}: {net.origin.subnets}",
@@ -123,7 +130,7 @@ def describe(net: MSUN) -> list[str]:
         f"{policy.routing}, inputs {policy.inputs}, strides {policy.strides}, start "
         f"{net.origin.start}",
         "",
-        *lines,
+        *table_lines(rows),
         "",
         f"{_millions(parameter_count(net))} parameters, {_millions(parameter_count(net.tail))} "
         "of them in the trunk",

@@ -1,25 +1,24 @@
-"""`msun demo`: the whole on embedded input, with its pictures and a page."""
+"""`msun demo`: every step on embedded images, with figures and a page."""
+
+from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
-from tempfile import mkdtemp
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+from cka_probe.cli.options import positive, seed
+from cka_probe.cli.output import REPORT, file_backend, output_folder, staged
 
-from cka_probe.cli.output import backend, output_folder
-from cka_probe.html.page import save_page as save_report_page
-from cka_probe.plot.figures import save_figure
-from cka_probe.probing.api import REPORT
-from msun.cli.demo_run import Demo, demo
-from msun.cli.page import save_page
-from msun.plot.evaluation import accuracy, pareto
-from msun.plot.split import split_curve
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from msun.cli.demo_run import Demo
+
+__all__ = ["add", "execute", "sentences"]
 
 FILES = (REPORT, "report.html", "split.json", "split.png", "model.pt", "evaluation.csv",
          "evaluation.png", "pareto.png", "demo.html")  # fmt: skip
-CANNOT = (
+CAVEAT = (
     "What this does not show: characters of one kind, one seed and a short training say nothing of "
     "photographs or of other networks, and the single-scale network was given the same compute, "
     "not the best use of it (training at several sizes without subnets is such a use). Top-1 is on "
@@ -28,42 +27,41 @@ CANNOT = (
 
 
 def add(commands: Any) -> None:
-    """Add the command's words to the parser."""
+    """Add the command to the parser's sub-commands."""
     parser = commands.add_parser(
         "demo",
-        help="the whole on embedded images, in a few minutes",
+        help="every step on embedded images, in a few minutes",
         description="Probe a small network on drawn characters, suggest where to cut it, build a "
         "multi-scale network, train it beside the same backbone at one scale with equal compute, "
         f"and measure both at many sizes. Writes {', '.join(FILES)}. Needs no data.",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
-    parser.add_argument("--steps", type=int, default=150, metavar="N",
+    parser.add_argument("--steps", type=positive, default=150, metavar="N",
                         help="training steps of the multi-scale network (default 150)")  # fmt: skip
-    parser.add_argument("--images", type=int, default=1240, metavar="N",
+    parser.add_argument("--images", type=positive, default=1240, metavar="N",
                         help="test images (default 1240, 20 a class)")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, metavar="S")
-    parser.add_argument("--overwrite", action="store_true", help="replace a demo in --out")
+    parser.add_argument("--seed", type=seed, default=0, metavar="S",
+                        help="seeds everything (default 0)")  # fmt: skip
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an existing result in --out"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    parser.set_defaults(call=run, resume=False)
+    parser.set_defaults(call=execute)
 
 
-def run(args: argparse.Namespace) -> None:
-    """`msun demo`."""
-    for name in ("steps", "images"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"bad {name}: {getattr(args, name)}: give a number of 1 or more")
-    with output_folder(args) as folder:
-        work = Path(mkdtemp(dir=folder, prefix=".working-"))
-        try:
-            done = demo(
-                work, steps=args.steps, images=args.images, seed=args.seed, say=_say,
-                progress=not args.quiet,
-            )  # fmt: skip
-            _write(done, work)
-            for name in FILES:
-                (work / name).replace(folder / name)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+def execute(args: argparse.Namespace) -> None:
+    """Run every step, then write and print what was measured."""
+    from msun.cli.demo_run import demo
+
+    with (
+        output_folder(args.out, FILES, overwrite=args.overwrite) as folder,
+        staged(folder) as work,
+    ):
+        done = demo(
+            work, steps=args.steps, images=args.images, seed=args.seed, say=_say,
+            progress=not args.quiet,
+        )  # fmt: skip
+        _write(done, work)
     print()
     print(_table(done.evaluation).to_string(index=False))
     print()
@@ -73,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def sentences(done: Demo) -> list[str]:
-    """What was found, in words.
+    """The results in words.
 
     Args:
         done: the demo.
@@ -125,11 +123,17 @@ def _table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _write(done: Demo, work: Path) -> None:
+    from cka_probe.html.page import save_page as save_report_page
+    from cka_probe.plot.figures import save_figure
+    from msun.cli.page import save_page
+    from msun.plot.evaluation import accuracy, pareto
+    from msun.plot.split import split_curve
+
     done.report.save(work / REPORT)
     save_report_page(done.report, work / "report.html")
     done.choice.save(work / "split.json")
     done.evaluation.to_csv(work / "evaluation.csv", index=False)
-    with backend():
+    with file_backend():
         save_figure(split_curve(done.choice), work / "split.png")
         save_figure(accuracy(done.evaluation), work / "evaluation.png")
         save_figure(pareto(done.evaluation), work / "pareto.png")
@@ -143,5 +147,5 @@ def _write(done: Demo, work: Path) -> None:
             "Accuracy against cost": (work / "pareto.png", "top-1 against GMACs, every arm"),
         },
         _table(done.evaluation),
-        [CANNOT, "report.html has the whole comparison of layers; model.pt loads with msun.load."],
+        [CAVEAT, "report.html has the whole comparison of layers; model.pt loads with msun.load."],
     )

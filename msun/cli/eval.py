@@ -1,39 +1,40 @@
 """`msun eval`: networks at many sizes: a table, a CSV and two pictures."""
 
+from __future__ import annotations
+
 import argparse
 import math
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from tempfile import mkdtemp
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-import torch
-from torch import nn
-
-from cka_probe.cli.commands import _numbers
-from cka_probe.cli.main import MODEL_HELP, WEIGHTS_HELP
-from cka_probe.cli.output import backend
-from cka_probe.inputs.scales import parse_scales
-from cka_probe.models.load import LoadedModel
-from cka_probe.plot.figures import save_figure
+from cka_probe.cli.options import (
+    MODEL_HELP,
+    WEIGHTS_HELP,
+    add_compute,
+    add_model_arg,
+    add_pixel_constants,
+    seed,
+    whole_numbers,
+)
+from cka_probe.cli.output import file_backend, output_folder, staged
 from msun.cli.options import load
-from msun.evaluation.accuracy import compare
-from msun.evaluation.calibration import calibrate, recalibrated
-from msun.evaluation.classes import open_tests
-from msun.network import checkpoint
-from msun.network.model import MSUN
-from msun.plot import evaluation as plots
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import nn
+
+    from cka_probe.models.load import LoadedModel
+    from msun.network.model import MSUN
+
+__all__ = ["add", "execute"]
 
 TABLE, PICTURES = "evaluation.csv", {"accuracy": "accuracy.png", "pareto": "pareto.png"}
 PREDICTIONS, CALIBRATED = "predictions", "calibrated"
 
 
 def add(commands: Any) -> None:
-    """Add the command's words to the parser."""
+    """Add the command to the parser's sub-commands."""
     parser = commands.add_parser(
         "eval",
         help="accuracy, cost and CKA at many sizes",
@@ -51,8 +52,7 @@ def add(commands: Any) -> None:
     word("--model", metavar="M", help=f"a plain network instead: {MODEL_HELP}; with a checkpoint: "
          "its backbone, where the file has no name for it")  # fmt: skip
     word("--weights", metavar="W", default="DEFAULT", help=WEIGHTS_HELP)
-    word("--model-arg", metavar="KEY=VALUE", action="append", default=[],
-         help="passed to the model's constructor")  # fmt: skip
+    add_model_arg(parser)
     word("--data", required=True, metavar="DIR", help="folder of class folders, or `glyphs`")
     word("--split", metavar="S", help="sub-folder that holds the class folders; glyphs: test "
          "(default) or train")  # fmt: skip
@@ -61,9 +61,14 @@ def add(commands: Any) -> None:
          "size, then to the reference (default native)")  # fmt: skip
     word("--reference", type=int, metavar="S", help="default: the checkpoint's own, the network's "
          "input size, else the largest size")  # fmt: skip
-    word("--rows", metavar="0,217,...", help="outputs that stand for the classes, in their order")
-    word("--at", metavar="LAYER", help="whose output CKA compares; default: the map that the "
-         "trunk gets, or what goes into the last linear layer")  # fmt: skip
+    word(
+        "--rows",
+        type=whole_numbers,
+        metavar="0,217,...",
+        help="outputs that stand for the classes, in their order",
+    )
+    word("--at", metavar="LAYER", help="the layer whose output CKA compares; default: the "
+         "map that the trunk gets, or the input of the classifier")  # fmt: skip
     word("--arm", metavar="NAME", action="append", help="a name in table and pictures, one for "
          "each network")  # fmt: skip
     word("--mixed", action="store_true", help="add images of mixed sizes, drawn log-uniformly")
@@ -71,27 +76,36 @@ def add(commands: Any) -> None:
          "norm statistics on, for each size; checkpoints with them go to --out")  # fmt: skip
     word("--calibrate-images", type=int, default=200, metavar="N", help="how many (default 200)")
     word("--images", type=int, metavar="N", help="random subset of N images (default: all)")
-    word("--batch-size", type=int, default=64, metavar="B", help="images a batch (default 64)")
-    word("--mean", metavar="a,b,c", help="channel means to subtract; default: the network's own")
-    word("--std", metavar="a,b,c", help="channel standard deviations to divide by")
+    word("--batch-size", type=int, default=64, metavar="B", help="images per batch (default 64)")
+    add_pixel_constants(parser)
     word("--predictions", action="store_true", help="also write predictions.npz, an entry for "
          "every image and size")  # fmt: skip
     word("--no-latency", action="store_true", help="do not time the network")
     word("--no-cka", action="store_true", help="do not compare features")
-    word("--seed", type=int, default=0, metavar="S", help="seeds everything (default 0)")
-    word("--device", metavar="D", help="cpu, cuda, mps (default: cuda where there is one)")
-    word("--workers", type=int, default=0, metavar="W", help="processes that decode images")
+    word("--seed", type=seed, default=0, metavar="S", help="seeds everything (default 0)")
+    add_compute(parser)
     word("--overwrite", action="store_true", help="replace an existing evaluation in --out")
     word("--quiet", action="store_true", help="no progress bar, no table")
     word("--out", required=True, metavar="DIR", help="folder for the results")
-    parser.set_defaults(call=evaluate)
+    parser.set_defaults(call=execute)
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    """`msun eval`."""
+def execute(args: argparse.Namespace) -> None:
+    """Measure every network at every size, then write and print the table."""
+    import torch
+
+    from cka_probe.inputs.scales import parse_scales
+    from cka_probe.plot.figures import save_figure
+    from msun.evaluation.accuracy import compare
+    from msun.evaluation.classes import open_tests
+    from msun.plot import evaluation as plots
+
     sides = parse_scales(args.sizes)
-    rows = None if args.rows is None else _whole(args.rows)
-    with _folder(Path(args.out), overwrite=args.overwrite) as temporary:
+    outputs = (TABLE, *PICTURES.values())
+    with (
+        output_folder(args.out, outputs, overwrite=args.overwrite) as folder,
+        staged(folder) as temporary,
+    ):
         arms = _networks(args)
         device = args.device or ("cuda" if torch.cuda.is_available() else None)
         shared = {"batch_size": args.batch_size, "seed": args.seed, "device": device,
@@ -99,18 +113,18 @@ def evaluate(args: argparse.Namespace) -> None:
         source = open_tests(args.data, args.split, args.images, args.seed)
         if args.calibrate is not None:
             _calibrate(args, arms, sides, shared, temporary)
-        asked: dict[str, Any] = {
-            name: (model, _normalisation(args)) for name, model in arms.items()
+        measured: dict[str, Any] = {
+            name: (model, _pixel_constants(args)) for name, model in arms.items()
         }
         if args.predictions:
-            for name, (_, own) in asked.items():
-                own["predictions"] = temporary / _named(PREDICTIONS, name, asked, ".npz")
+            for name, (_, own) in measured.items():
+                own["predictions"] = temporary / _named(PREDICTIONS, name, measured, ".npz")
         frame = compare(
-            asked,
+            measured,
             source,
             sides,
             feed=args.feed,
-            rows=rows,
+            rows=args.rows,
             reference=args.reference,
             at=args.at,
             mixed=args.mixed,
@@ -119,17 +133,17 @@ def evaluate(args: argparse.Namespace) -> None:
             **shared,
         )
         frame.to_csv(temporary / TABLE, index=False)
-        with backend():
+        with file_backend():
             save_figure(plots.accuracy(frame), temporary / PICTURES["accuracy"])
             save_figure(plots.pareto(frame), temporary / PICTURES["pareto"])
         written = sorted(path.name for path in temporary.iterdir())
     if not args.quiet:
-        _tell(frame, len(source), source.name)
+        _print_table(frame, len(source), source.name)
         print(f"wrote {args.out}/: {', '.join(written)}")
 
 
 def _networks(args: argparse.Namespace) -> dict[str, MSUN | LoadedModel]:
-    """What is measured, by the name of its arm."""
+    """The networks to measure, by the name of their arm."""
     if not args.checkpoints:
         if args.model is None:
             raise ValueError("nothing to measure: neither a checkpoint nor --model: give one")
@@ -153,18 +167,20 @@ def _arms(args: argparse.Namespace, names: list[str]) -> list[str]:
     count = max(1, len(args.checkpoints))
     if len(names) != count or len(set(names)) < count:
         text = f"{', '.join(names)} for {count} networks"
-        raise ValueError(f"arms do not tell the networks apart: {text}: give --arm for each")
+        raise ValueError(f"networks share a name: {text}: give --arm for each")
     return names
 
 
 def _checkpoint(path: str, backbone: nn.Module | None) -> MSUN:
-    """A network with what its training says of classes and normalisation."""
+    """A network with the classes and the normalisation of its training."""
+    from msun.network import checkpoint
+
     model = checkpoint.load(path, backbone=backbone)
     extra = checkpoint.read(path).get("extra") or {}
     run = extra.get("run") or {}
-    told = {"classes": extra.get("classes"), "rows": extra.get("rows"),
+    known = {"classes": extra.get("classes"), "rows": extra.get("rows"),
             "mean": run.get("mean"), "std": run.get("std")}  # fmt: skip
-    model.spec |= {name: value for name, value in told.items() if value is not None}
+    model.spec |= {name: value for name, value in known.items() if value is not None}
     return model
 
 
@@ -175,11 +191,15 @@ def _calibrate(
     shared: dict[str, Any],
     folder: Path,
 ) -> None:
-    """Re-estimate the statistics of every arm, and keep those of checkpoints."""
+    """Re-estimate the batch norm statistics of every arm, and save those of checkpoints."""
+    from msun.evaluation.calibration import calibrate, recalibrated
+    from msun.network import checkpoint
+    from msun.network.model import MSUN
+
     if args.feed == "upsampled":
         raise ValueError("calibration for sizes that are not fed: --feed upsampled: use --feed "
                          "native, or leave out --calibrate")  # fmt: skip
-    options = {"n_images": args.calibrate_images, **shared, **_normalisation(args)}
+    options = {"n_images": args.calibrate_images, **shared, **_pixel_constants(args)}
     for (name, model), path in zip_longest(list(arms.items()), args.checkpoints):
         if isinstance(model, MSUN):
             calibrate(model, args.calibrate, sides, **options)
@@ -190,46 +210,20 @@ def _calibrate(
 
 
 def _named(what: str, arm: str, arms: dict[str, Any], suffix: str) -> str:
-    """A file's name; where there are several arms, the place of the arm is in it."""
+    """A file's name; where there are several arms, with the number of the arm."""
     return what + (f"-{list(arms).index(arm) + 1}" if len(arms) > 1 else "") + suffix
 
 
-def _normalisation(args: argparse.Namespace) -> dict[str, Any]:
+def _pixel_constants(args: argparse.Namespace) -> dict[str, list[float]]:
     """--mean and --std, if given."""
-    given = {name: _numbers(f"--{name}", getattr(args, name)) for name in ("mean", "std")}
+    given = {"mean": args.mean, "std": args.std}
     return {name: values for name, values in given.items() if values is not None}
 
 
-def _whole(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"bad --rows: {text!r}: write whole numbers like 0,217,482") from None
+def _print_table(frame: pd.DataFrame, n: int, name: str) -> None:
+    """Print the accuracies, costs and CKA, with their intervals."""
+    import pandas as pd
 
-
-@contextmanager
-def _folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder in --out, whose files move there on success; else all is as before."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"output is not a folder: {out}: choose another --out")
-    if (out / TABLE).exists() and not overwrite:
-        raise ValueError(f"an evaluation is there already: {out / TABLE}: add --overwrite, or "
-                         "choose another --out")  # fmt: skip
-    new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = Path(mkdtemp(dir=out, prefix=".writing-"))
-    try:
-        yield temporary
-        for path in temporary.iterdir():
-            path.replace(out / path.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if new and not any(out.iterdir()):
-            out.rmdir()
-
-
-def _tell(frame: pd.DataFrame, n: int, name: str) -> None:
-    """Print the table."""
     shown: dict[str, list[str]] = {}
     if frame["arm"].nunique() > 1:
         shown["arm"] = frame["arm"].tolist()

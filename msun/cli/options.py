@@ -1,43 +1,42 @@
-"""Words that several commands share, and what they mean."""
+"""Arguments that several commands share, and the network that they name."""
+
+from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
 
-from cka_probe.cli.main import MODEL_HELP, WEIGHTS_HELP
-from cka_probe.models.load import LoadedModel, load_model, parse_model_args
-from msun.network.classifier import replace_classifier
+from cka_probe.cli.options import add_model as add_plain_model
+from cka_probe.cli.options import load_network, positive
+
+if TYPE_CHECKING:
+    from cka_probe.models.load import LoadedModel
 
 __all__ = ["add_model", "load"]
 
 
-def add_model(parser: Any, *, weights: str | None = "DEFAULT") -> None:
-    """Add --model, --weights and --model-arg.
+def add_model(parser: argparse.ArgumentParser, *, weights: str | None = "DEFAULT") -> None:
+    """Add --model, --weights, --model-arg and --classes.
 
     Args:
-        parser: of a command.
+        parser: the command's parser.
         weights: the default of --weights.
     """
-    parser.add_argument("--model", required=True, metavar="M", help=MODEL_HELP)
-    parser.add_argument("--weights", metavar="W", default=weights, help=WEIGHTS_HELP)
-    parser.add_argument("--model-arg", metavar="KEY=VALUE", action="append", default=[],
-                        help="passed to the model's constructor")  # fmt: skip
-    parser.add_argument("--classes", type=int, metavar="N",
-                        help="draw the last layer anew, for N classes of your own")  # fmt: skip
+    add_plain_model(parser, weights=weights)
+    parser.add_argument("--classes", type=positive, metavar="N", help="replace the classifier (the "
+                        "last layer) by a new one for N classes of your own")  # fmt: skip
 
 
 def load(args: argparse.Namespace, weights: str | None = None) -> LoadedModel:
-    """The network that --model and its companions name.
+    """The network that --model, --weights, --model-arg and --classes name.
 
     Args:
-        args: with model, model_arg, weights and, for random weights, seed.
+        args: the parsed command line.
         weights: instead of --weights.
     """
-    seed = getattr(args, "seed", 0)
-    loaded = load_model(
-        args.model,
-        args.weights if weights is None else weights,
-        model_args=parse_model_args(args.model_arg),
-        seed=seed,
-    )
+    import msun
+
+    loaded = load_network(args, args.model, args.weights if weights is None else weights)
     classes = getattr(args, "classes", None)
-    return loaded if classes is None else replace_classifier(loaded, classes, seed=seed)
+    if classes is None:
+        return loaded
+    return msun.replace_classifier(loaded, classes, seed=getattr(args, "seed", 0))

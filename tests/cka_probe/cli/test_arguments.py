@@ -24,7 +24,6 @@ def place(tmp_path_factory):
         ("--weights", ""),
         ("--device", " "),
         ("--memory", ""),
-        ("--mean", ""),
         ("--reference", ""),
     ],
 )
@@ -113,9 +112,8 @@ def test_ctrl_c_offers_resume_only_where_there_is_something(
     def stop(*args, **options):
         raise KeyboardInterrupt
 
-    for name in ("probe", "load_model", "Report"):
-        monkeypatch.setattr(f"cka_probe.cli.commands.{name}", stop)
-    monkeypatch.setattr("cka_probe.cli.commands.Report.load", stop, raising=False)
+    for name in ("probing.api.probe", "models.load.load_model", "report.Report.load"):
+        monkeypatch.setattr(f"cka_probe.{name}", stop)
     out = tmp_path / "o"
     argv = {
         "demo": ["demo", "--images", "64", "--out", str(out)],
@@ -129,7 +127,7 @@ def test_ctrl_c_offers_resume_only_where_there_is_something(
     if command in ("demo", "run"):
         out.mkdir()
         (out / "state.npz").write_bytes(b"")
-        assert main(argv) == 130
+        assert main([*argv, *(["--resume"] if command == "run" else [])]) == 130
         assert ("--resume" in capsys.readouterr().err) == (command == "run")
 
 
@@ -140,6 +138,6 @@ def test_a_demo_leaves_no_state(tmp_path, monkeypatch):
         assert not list((tmp_path / "o").glob("state*"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cka_probe.cli.commands.write", stop)
+    monkeypatch.setattr("cka_probe.cli.demo.write_report", stop)
     assert main(["demo", "--images", "256", "--out", str(tmp_path / "o")]) == 130
     assert not (tmp_path / "o").exists()

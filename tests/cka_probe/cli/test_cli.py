@@ -94,7 +94,7 @@ def test_bad_scales(place, tmp_path, capsys, scales, says):
         (("--batch-size", "many"), "many"),
         (("--images", "3"), "3"),
         (("--images", "300"), "300"),
-        (("--mean", "a,b,c", "--std", "1,1,1"), "--mean is no list of numbers: 'a,b,c'"),
+        (("--mean", "a,b,c", "--std", "1,1,1"), "no list of numbers for --mean: 'a,b,c'"),
         (("--resize", "stretch"), "unknown resize: 'stretch'"),
         (("--device", "banana"), "'banana'"),
         (("--memory", "lots"), "'lots'"),

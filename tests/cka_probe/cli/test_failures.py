@@ -72,7 +72,7 @@ def test_an_interruption_before_any_batch_offers_nothing(place, tmp_path, monkey
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cka_probe.cli.commands.load_model", stop)
+    monkeypatch.setattr("cka_probe.models.load.load_model", stop)
     assert main(words(place, out, "--quiet", "--overwrite", "--seed", "3")) == 130
     assert "nothing was saved" in capsys.readouterr().err
     assert files(out) == before

@@ -182,9 +182,8 @@ def test_a_killed_shared_run_is_resumed_by_any_number(done, place, alone, size, 
         assert run_jobs([job], tmp_path)[0]["statuses"] == [0, 0]
         report = Report.load(out / "report.npz")
         said = (tmp_path / "two" / "0.said").read_text()
-        assert (
-            said.splitlines()[-1] == f"resumed from batch {report.meta['resumed_from_batch']} of 10"
-        )
+        start = report.meta["resumed_from_batch"]
+        assert said.splitlines()[-1] == f"resumed from batch {start} of 10"
         assert not (tmp_path / "two" / "1.said").read_text()
     assert report.meta["resumed_from_batch"] == 3
     assert np.abs(report.cka - alone("linear", {}).cka).max() < 1e-9

@@ -202,7 +202,7 @@ def test_errors_are_one_line(place, tmp_path, capsys):
     assert "no such checkpoint" in bad(checkpoints=("none",))
     assert "checkpoint of a bare network" in bad(model=False)
     assert "bad scale: -4" in bad(sizes="-4,8")
-    assert "bad --rows: 'a'" in bad("--rows", "a")
+    assert "no list of whole numbers for --rows: 'a'" in bad("--rows", "a")
     assert "rows do not fit" in bad("--rows", "1,2")
     assert "unknown feed: 'up'" in bad("--feed", "up")
     assert "arms do not tell" in bad("--arm", "a", "--arm", "b")
@@ -231,7 +231,7 @@ def test_an_existing_evaluation_stays(place, tmp_path, capsys):
     assert run(place, tmp_path, "--quiet") == 0
     before = (tmp_path / "evaluation.csv").read_bytes()
     (tmp_path / "mine.txt").write_text("mine")
-    assert "an evaluation is there already" in refused(
+    assert "a result is there already" in refused(
         capsys, run(place, tmp_path, "--quiet", sizes="8,16"), None
     )
     failed = run(place, tmp_path, "--overwrite", "--rows", "1,2", sizes="8,16")

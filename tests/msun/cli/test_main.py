@@ -5,7 +5,6 @@ import sys
 
 import pytest
 
-from msun.cli import cuts as cli_cuts
 from msun.cli import main as cli
 
 NET = """
@@ -94,7 +93,7 @@ def test_the_unexpected_is_1(capsys, file, monkeypatch):
     def fail(*_):
         raise RuntimeError("first\nsecond")
 
-    monkeypatch.setattr(cli_cuts, "find_cuts", fail)
+    monkeypatch.setattr("msun.cutting.cuts.find_cuts", fail)
     words = ["cuts", "--model", f"{file}:net", "--size", "9"]
     assert "unexpected RuntimeError: first second: " in refused(capsys, *words, status=1)
     monkeypatch.setenv("MSUN_DEBUG", "1")

@@ -10,7 +10,6 @@ from PIL import Image
 from cka_probe import Report, probe
 from cka_probe.models.load import load_model
 from msun.cli import main as cli
-from msun.cli import suggest as cli_suggest
 
 NET = """
 from torch import nn
@@ -106,18 +105,18 @@ def test_from_scratch_equals_probing_first(capsys, home, tmp_path):
     assert (tmp_path / "again" / "split.json").read_text() == first
     assert json.loads(first)["why"] in out
     error = refused(capsys, *words)
-    assert "a report is there already" in error
+    assert "a result is there already" in error
     run(capsys, *words, "--overwrite", "--quiet", "--resize", "native", "--seed", "1")
     assert "another field of view" in (tmp_path / "out" / "split.json").read_text()
 
 
 def test_bad_words_are_refused_before_anything_is_probed(capsys, home, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli_suggest, "probe", None)
+    monkeypatch.setattr("cka_probe.probing.run.Run", None)
     words = ["--model", f"{home / 'net.py'}:net", "--data", home / "photos", "--out",
              tmp_path / "out", "--scales", "8,24"]  # fmt: skip
     for more in (
         ("--rule", "best"), ("--growth", "0"), ("--growth", "inf"), ("--delta", "2"),
-        ("--level", "-1"), ("--view", "24"), ("--view", "9"),
+        ("--view", "24"), ("--view", "9"),
     ):  # fmt: skip
         refused(capsys, *words, *more)
     assert not (tmp_path / "out").exists()
@@ -127,7 +126,7 @@ def test_the_embedded_case(capsys, tmp_path):
     words = ["--model", "glyphnet", "--data", "glyphs", "--scales", "16,64", "--images", "96"]
     assert cli.main(["suggest", *words, "--batch-size", "16", "--out", str(tmp_path)]) == 0
     out, _ = capsys.readouterr()  # the progress bar is on stderr
-    assert out.startswith("glyphnet: probing at 16, 64 px\n")
+    assert out.startswith("glyphnet: 96 images of cka_probe.inputs.glyphs, ")
     told = json.loads((tmp_path / "split.json").read_text())
     assert {row["layer"] for row in told["ranking"]} >= {"stem", "layer1", "layer2", "layer3"}
     assert told["clear"]
@@ -201,10 +200,20 @@ def test_a_failed_run_leaves_nothing(capsys, home, tmp_path, monkeypatch):
     def fail(*_):
         raise ValueError("no ink: 0: buy some")
 
-    monkeypatch.setattr(cli_suggest, "save_figure", fail)
+    monkeypatch.setattr("cka_probe.plot.figures.save_figure", fail)
     assert "no ink: 0: buy some" in refused(capsys, *words)
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     monkeypatch.setattr("msun.splitting.choice.SplitChoice.save", fail)
     refused(capsys, *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_split_is_not_overwritten_unasked(capsys, home, tmp_path):
+    words = [home / "report.npz", "--model", f"{home / 'net.py'}:net", "--out", tmp_path]
+    run(capsys, *words)
+    (tmp_path / "split.json").write_text("mine")
+    assert "a result is there already: " in refused(capsys, *words)
+    assert (tmp_path / "split.json").read_text() == "mine"
+    run(capsys, *words, "--overwrite")
+    assert (tmp_path / "split.json").read_text() != "mine"

@@ -11,6 +11,7 @@ from training import NET
 from msun.cli import main as cli
 from msun.cli import train as cli_train
 from msun.network import checkpoint
+from msun.training.config import TrainConfig
 from msun.training.step import TrainingStep
 
 
@@ -64,7 +65,7 @@ def test_words_reach_the_recipe(words):
         "--flip", "off", "--rows", "4,0,2", "--seed", "3", "--save-every", "5", "--mean",
         "0.5,0.5,0.5", "--std", "1,1,1", "--images", "40", "--resume", "--device", "cpu",
     ]  # fmt: skip
-    config = cli_train._config(cli.build_parser().parse_args([*words, *more]))
+    config = cli_train.train_config(cli.build_parser().parse_args([*words, *more]))
     want = {
         "max_steps": 7, "lr": 0.3, "constraint": "cka", "distill": 1.0, "ema": 0.99, "amp": "bf16",
         "clip": 1.0, "tau": 0.2, "decay_norms": False, "crop_area": [0.5, 0.9], "flip": False,
@@ -75,8 +76,8 @@ def test_words_reach_the_recipe(words):
 
 
 def test_words_that_are_left_out_keep_the_defaults(words):
-    config = cli_train._config(cli.build_parser().parse_args(words))
-    default = cli_train.TrainConfig(out=config.out, epochs=6, batch_size=8, device=config.device)
+    config = cli_train.train_config(cli.build_parser().parse_args(words))
+    default = TrainConfig(out=config.out, epochs=6, batch_size=8, device=config.device)
     assert config == default
 
 
@@ -141,7 +142,7 @@ def test_ctrl_c_names_what_goes_on(capsys, tmp_path, monkeypatch):
     words[words.index("--out") + 1] = str(tmp_path / "other")
     monkeypatch.setattr(TrainingStep, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(words) == 130
-    assert capsys.readouterr().err == "msun: interrupted: Ctrl-C: run again\n"
+    assert capsys.readouterr().err == "msun: interrupted: Ctrl-C: nothing was saved, run again\n"
     assert not (tmp_path / "other").exists()
 
 
@@ -157,12 +158,12 @@ def test_a_file_that_is_no_image_is_told_with_a_way_out_that_there_is(capsys, wo
     ("more", "text"),
     [
         (["--rows", "0,1"], "bad rows: 2 rows of 3 outputs for 3 classes: "),
-        (["--rows", "a,b"], "bad --rows: 'a,b': "),
+        (["--rows", "a,b"], "no list of whole numbers for --rows: 'a,b': "),
         (["--model-arg", "classes=5"],
          "head does not fit the data: 5 outputs for the 3 classes of 'train': "),
         (["--growth", "0"], "growth out of range: 0.0: "),
         (["--flip", "maybe"], "bad --flip: 'maybe': "),
-        (["--crop-area", "1,x"], "--crop-area is no list of numbers: '1,x': "),
+        (["--crop-area", "1,x"], "no list of numbers for --crop-area: '1,x': "),
         (["--lr", "-1"], "bad lr: -1.0: "),
         (["--constraint", "soft"], "unknown constraint: 'soft': "),
         (["--amp", "int8"], "unknown amp: 'int8': "),
@@ -170,7 +171,7 @@ def test_a_file_that_is_no_image_is_told_with_a_way_out_that_there_is(capsys, wo
         (["--device", "foo"], "cannot use device: 'foo', "),
         (["--data", "glyphs", "--images", "0"], "too few images: 0 of 'glyphs': "),
         (["--resume", "--overwrite"], "resume and overwrite: both are on: "),
-        (["--scales", "16", "--at", "auto"], "one scale has nothing to be held against: 16: "),
+        (["--scales", "16", "--at", "auto"], "one scale has nothing to be compared with: 16: "),
         (["--data", "nowhere"], "no such folder: 'nowhere': "),
         (["--batch-size", "99"], "too few training images: 43 of 48, for batches of 99: "),
     ],
