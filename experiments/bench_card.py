@@ -81,10 +81,10 @@ def _engine(
         for index, parts in enumerate(zip(*(view.split(batch) for view in views), strict=True)):
             for view, part in enumerate(parts):
                 collector.run(
-                    part.to(device), lambda tap, x, view=view: estimator.put((view, tap), x)
+                    part.to(device), lambda tap, x, view=view: estimator.update((view, tap), x)
                 )
-            estimator.close_batch(index)
-    return np.asarray(estimator.result().cka)
+            estimator.end_batch(index)
+    return np.asarray(estimator.compute().cka)
 
 
 def _truth(

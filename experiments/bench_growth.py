@@ -31,8 +31,9 @@ from torch import Tensor, nn
 
 import cka_probe
 from cka_probe.activations.hooks import Collector
-from cka_probe.engine.gemm import matmul_t
-from cka_probe.engine.kernels import batch_block, get_kernel
+from cka_probe.engine.batch_gram import batch_gram
+from cka_probe.engine.kernels import get_kernel
+from cka_probe.engine.products import matmul_t
 
 HERE = Path(__file__).resolve().parent
 BASE = {"images": 512, "layers": 20, "sizes": 1, "batch": 64, "width": 8192}
@@ -139,7 +140,7 @@ def gemm(repeats: int) -> list[dict[str, Any]]:
                 {
                     "torch_mm": lambda maps=maps: [x @ x.T for x in maps],
                     "onednn": lambda maps=maps: [matmul_t(x, x) for x in maps],
-                    "probe": lambda maps=maps: [batch_block(x, linear) for x in maps],
+                    "probe": lambda maps=maps: [batch_gram(x, linear) for x in maps],
                 },
                 repeats,
             )

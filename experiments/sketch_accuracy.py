@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 from scale_sensitivity import cifar_test
 from scipy.stats import t
 
-from cka_probe.engine.minibatch import Exact, Minibatch, Sketch
+from cka_probe.engine.exact import Exact
+from cka_probe.engine.minibatch import Minibatch
+from cka_probe.engine.sketch import Sketch
 from cka_probe.inputs.batches import batches, open_images, plan
 from cka_probe.inputs.views import scale_transforms
 from cka_probe.models.load import load_model
@@ -40,11 +42,11 @@ class Fan:
 
     def put(self, key, x):
         for estimator in self.estimators.values():
-            estimator.put(key, x)
+            estimator.update(key, x)
 
     def close_batch(self, index):
         for estimator in self.estimators.values():
-            estimator.close_batch(index)
+            estimator.end_batch(index)
 
 
 def mobilenet(data, work):
@@ -71,7 +73,7 @@ def feed(model, source, sides, norm, batch_size, estimators):
         for batch in batches(source, views, batch_size=batch_size, seed=0):
             work.take(batch, bar)
             work.close(batch.index)
-    return {name: estimator.result() for name, estimator in estimators.items()}
+    return {name: estimator.compute() for name, estimator in estimators.items()}
 
 
 def rows(network, exact, results):

@@ -11,10 +11,9 @@ from shell import furnish
 from torch.nn import functional as F
 
 import cka_probe
-from cka_probe.engine.minibatch import ESTIMATORS
 from cka_probe.inputs import glyphs
 from cka_probe.models.glyphnet import WEIGHTS, glyphnet
-from cka_probe.probing.choose import AUTO
+from cka_probe.probing.choose import AUTO, ESTIMATORS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -94,13 +94,13 @@ def run_cli(program: str, parser: argparse.ArgumentParser, argv: Sequence[str] |
 
 def _report_error(program: str, error: Exception, debug: str) -> int:
     if isinstance(error, ValueError | TypeError | OSError):
-        return _fail(program, explain(error), 2)
-    from cka_probe.distributed.heartbeat import LostRankError
+        return _fail(program, explain(error), 2, error)
+    from cka_probe.distributed.ranks import LostRankError
 
-    if isinstance(error, LostRankError):  # where another process failed, that one says why
-        return 1 if error.told else _fail(program, str(error), 1)
+    if isinstance(error, LostRankError):
+        return _fail(program, str(error), 1, error)
     kind = type(error).__name__
-    return _fail(program, f"unexpected {kind}: {error}: set {debug}=1 for the traceback", 1)
+    return _fail(program, f"unexpected {kind}: {error}: set {debug}=1 for the traceback", 1, error)
 
 
 def _call(args: argparse.Namespace) -> bool:
@@ -140,7 +140,7 @@ def _launched() -> bool:
 
 def _raise_lost(number: int, frame: object) -> NoReturn:
     """Turn the SIGTERM of torchrun into an exception, so that the output folder is cleaned up."""
-    from cka_probe.distributed.heartbeat import LostRankError
+    from cka_probe.distributed.ranks import LostRankError
 
     del number, frame
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -158,12 +158,12 @@ def _refuse_empty_values(args: argparse.Namespace) -> None:
             raise UsageError(f"empty value: {option} '': give one, or leave the option out")
 
 
-def _fail(program: str, message: str, status: int) -> int:
+def _fail(program: str, message: str, status: int, error: BaseException | None = None) -> int:
     """Print an error, once for all processes that share a run."""
     if _launched():
         from cka_probe.distributed.ranks import may_speak
 
-        if not may_speak():
+        if not may_speak(error):
             return status
     print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
     return status

@@ -1,15 +1,17 @@
 """Several processes that share one job, as torchrun starts them; one process is the rule.
 
-Processes come at different times to where they meet, and that may take minutes: so they wait for
-each other at the store that started them (`link`), and enter a collective only when all are there.
+A process that dies ends the job: torchrun stops the others, and without torchrun their next
+collective fails. A process that hangs is named by the barrier once the group's timeout is over.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -19,15 +21,15 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from cka_probe.distributed.heartbeat import Link, LostRankError
+__all__ = ["LostRankError", "Ranks", "launched", "may_speak", "own_device", "started"]
 
-__all__ = ["Ranks", "may_speak", "own_device", "started"]
+TIMEOUT = timedelta(minutes=30)  # of a collective: longer than any round of forwards
+_GRACE_S = 2.0  # in which a process that failed of itself speaks before those that lost it
+_groups = itertools.count()  # groups that this process has joined: each has its own keys
 
-_TRANSFER = timedelta(seconds=30)  # of a collective that all have come to
-_PIECE = 2**22  # numbers of a collective: 32 MiB of float64
-_uses = 0  # groups that this process has joined: each has its own keys in the store
-_base: Any = None  # the store itself, once joined
-_speaks: bool | None = None  # after a failure in a group: whether this process was the first
+
+class LostRankError(RuntimeError):
+    """Another process of the job died, failed or hangs."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,11 @@ class Ranks:
 
     Attributes:
         rank: 0 to size - 1; rank 0 alone writes and prints.
-        size: How many.
+        size: number of processes.
     """
 
     rank: int = 0
     size: int = 1
-    _link: Link | None = field(default=None, repr=False, compare=False)
 
     @property
     def first(self) -> bool:
@@ -53,73 +54,42 @@ class Ranks:
         if self.size == 1 or not tensors:
             return
         flat = torch.cat([x.reshape(-1) for x in tensors])
-        dist.all_reduce(flat)
+        with _collective():
+            dist.all_reduce(flat)
         sizes = [x.numel() for x in tensors]
         for x, total in zip(tensors, flat.split(sizes), strict=True):  # type: ignore[no-untyped-call]
             x.copy_(total.view_as(x))
 
-    def spread(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors by those of rank 0."""
         if self.size > 1:
-            for x in tensors:
-                dist.broadcast(x, 0)
+            with _collective():
+                for x in tensors:
+                    dist.broadcast(x, 0)
 
     def wait(self) -> None:
-        """Go on when every process has come here.
+        """Return when every process has called it.
 
         Raises:
-            LostRankError: one of them never will.
-        """
-        if self._link is not None:
-            self._link.meet()
-        elif self.size > 1:
-            dist.barrier()
-
-    def look(self) -> None:
-        """Between two meetings: end with an error where another process died or failed.
-
-        Raises:
-            LostRankError: so it is.
-        """
-        if self._link is not None:
-            self._link.look()
-
-    def call(self, rank: int, number: int) -> None:
-        """Rank 0: it is `rank`'s turn to send. That rank: wait for it; `number` counts the turns.
-
-        Raises:
-            LostRankError: a process died.
-        """
-        if self._link is None or rank == 0:
-            return
-        if self.first:
-            self._link.store.set(f"turn/{rank}/{number}", "")
-        elif self.rank == rank:
-            self._link.await_key(f"turn/{rank}/{number}")
-
-    def total(self, x: Tensor) -> None:
-        """Add a contiguous CPU tensor over the processes, in place, in pieces.
-
-        Raises:
-            LostRankError: a process died.
+            LostRankError: one of them died, or does not come within the timeout.
         """
         if self.size > 1:
-            self.wait()
-            with _transfer():
-                for piece in torch.split(x.view(-1), _PIECE):
-                    dist.all_reduce(piece)
+            with _collective():
+                if dist.get_backend() == "gloo":  # names the processes that are missing
+                    dist.monitored_barrier(timeout=TIMEOUT, wait_all_ranks=True)
+                else:
+                    dist.barrier()
 
     def gather(self, value: Any) -> list[Any]:
-        """Small values of all processes, by rank, on rank 0; an empty list on the others.
+        """Values of all processes, by rank, on rank 0; an empty list on the others.
 
         Raises:
             LostRankError: a process died.
         """
         if self.size == 1:
             return [value]
-        self.wait()
         found: list[Any] | None = [None] * self.size if self.first else None
-        with _transfer():
+        with _collective():
             dist.gather_object(value, found, 0)
         return found or []
 
@@ -131,38 +101,22 @@ class Ranks:
         """
         if self.size == 1:
             return value
-        self.wait()
         box = [value]
-        with _transfer():
+        with _collective():
             dist.broadcast_object_list(box, 0)
         return box[0]
 
-    def send(self, x: Tensor) -> None:
-        """Give a tensor to rank 0, which asks for it by `receive` in the same order."""
-        with _transfer():
-            dist.send(_raw(x.detach().cpu().contiguous()), 0)
-
-    def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The next tensor of another process, on the CPU."""
-        x = torch.empty(tuple(shape), dtype=dtype)
-        with _transfer():
-            dist.recv(_raw(x), source)
-        return x
-
-
-def _raw(x: Tensor) -> Tensor:
-    return x.view(-1).view(torch.uint8)
-
 
 @contextmanager
-def _transfer() -> Iterator[None]:
-    """What a collective raises when a process dies within it."""
+def _collective() -> Iterator[None]:
+    """Turn what a collective raises when a process is lost into a LostRankError."""
     try:
         yield
     except RuntimeError as error:
         reason = " ".join(str(error).split()).replace(": ", ", ")
         raise LostRankError(
-            f"another process was lost: {reason:.80}: see what it said, then add --resume"
+            f"another process was lost: {reason:.80}: read the error of that process, then run "
+            "again with --resume"
         ) from error
 
 
@@ -178,42 +132,48 @@ def launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def may_speak() -> bool:
+def may_speak(error: BaseException | None = None) -> bool:
     """Whether this process is the first of the job to report a failure: the others stay silent.
 
-    Before they have joined, and where no launcher holds a store, rank 0 alone speaks: what fails
-    so early is what all were asked for.
+    Args:
+        error: the failure. A process that failed of itself has claimed its turn already, in
+            `started`; one that lost another process waits a little, so that the other is first.
     """
     if not launched():
         return True
-    if _speaks is not None:
-        return _speaks
-    if _base is None and not os.environ.get("TORCHELASTIC_USE_AGENT_STORE"):
-        return os.environ.get("RANK", "0") == "0"
+    claimed = getattr(error, "speaks", None)
+    if claimed is not None:
+        return bool(claimed)
+    if isinstance(error, LostRankError):
+        time.sleep(_GRACE_S)
+    return _claim()
+
+
+def _claim() -> bool:
+    """Whether no other process has claimed to report the failure of the job before."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return os.environ.get("RANK", "0") == "0"  # no store outlives a process: rank 0 speaks
     try:
-        store = _base or next(rendezvous("env://", timeout=timedelta(seconds=5)))[0]
+        store = next(rendezvous("env://", timeout=timedelta(seconds=5)))[0]
         return int(store.add("cka_probe/failures", 1)) == 1
     except (RuntimeError, ValueError, OSError):
-        return True
+        return True  # the launcher has gone: nobody else can speak
 
 
 @contextmanager
-def started(device: torch.device, *, timeout: timedelta | None = _TRANSFER) -> Iterator[Ranks]:
+def started(device: torch.device) -> Iterator[Ranks]:
     """Join the other processes: a group that exists already, or the one that torchrun describes.
 
     Args:
-        device: Where this process computes. The CPU takes gloo; CUDA takes nccl for what lies
-            there, and gloo for what lies on the CPU.
-        timeout: Of a collective; None for torch's own.
+        device: the device of this process. The CPU takes gloo; CUDA takes nccl for tensors there
+            and gloo for tensors on the CPU.
 
     Yields:
-        Which process this is. A group that was made here is taken down afterwards; after an
-        error the others are told when they next wait, and torchrun ends them.
+        Which process this is. A group that was made here is destroyed afterwards.
 
     Raises:
-        LostRankError: the others do not come.
+        LostRankError: the other processes do not come.
     """
-    global _uses, _base, _speaks
     if dist.is_available() and dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size())
         return
@@ -222,25 +182,19 @@ def started(device: torch.device, *, timeout: timedelta | None = _TRANSFER) -> I
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    _uses += 1
-    with _transfer():
+    with _collective():
         store, rank, size = next(rendezvous("env://"))
-        _base = store
-        link = Link(PrefixStore(f"cka_probe/{_uses}", store), rank, size)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
-            backend, store=PrefixStore(f"cka_probe/{_uses}/group", store),
-            rank=rank, world_size=size, timeout=timeout,
+            backend, store=PrefixStore(f"cka_probe/{next(_groups)}", store),
+            rank=rank, world_size=size, timeout=TIMEOUT,
         )  # fmt: skip
     try:
-        yield Ranks(rank, size, link)
+        yield Ranks(rank, size)
     except BaseException as error:
-        if not getattr(error, "told", False):
-            _speaks = link.claim()
-        link.leave(failed=True)
+        if not isinstance(error, LostRankError):
+            error.speaks = _claim()  # type: ignore[attr-defined]  # before the others notice
         raise
-    else:
-        link.leave(failed=False)
     finally:  # also after an error: a group that is left over aborts the process as it ends
         with suppress(RuntimeError):
             dist.destroy_process_group()

@@ -60,6 +60,10 @@ class Estimator(Protocol):
     def keys(self) -> list[Any]:
         """The entries, in the order of the first batch; empty before it has ended."""
 
+    @property
+    def ready(self) -> bool:
+        """Whether all that the first batches fix (the RBF bandwidths) is known."""
+
     def update(self, key: Hashable, features: Tensor) -> None:
         """Take the features (b, d) of one entry in the open batch."""
 

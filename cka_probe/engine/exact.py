@@ -103,7 +103,7 @@ def load_rows(state: State, n_images: int | None) -> dict[Any, Rows]:
         if len(whole) != sum(sizes) or len(sizes) != len(state["batches"]):
             raise ValueError(f"rows of another number of images: entry {e}")
         rows[key] = Rows(n_images)
-        for index, part in zip(state["batches"].tolist(), whole.split(sizes), strict=True):
+        for index, part in zip(state["batches"].tolist(), whole.split(sizes), strict=True):  # type: ignore[no-untyped-call]
             rows[key].append(index, part)
     return rows
 
@@ -152,6 +152,11 @@ class Exact:
     def keys(self) -> list[Any]:
         """The entries, in the order of the first batch."""
         return list(self.rows)
+
+    @property
+    def ready(self) -> bool:
+        """True: no batch fixes anything for the others."""
+        return True
 
     def update(self, key: Hashable, features: Tensor) -> None:
         """Keep a copy of features (b, d) of one entry, in their dtype, where they are.

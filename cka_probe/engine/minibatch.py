@@ -76,6 +76,11 @@ class Minibatch:
         self._shard = False  # another estimator of the run fixes the bandwidth
         self._begin([])
 
+    @property
+    def ready(self) -> bool:
+        """Whether the bandwidths are known, if the kernel has any."""
+        return not self.kernel.needs_bandwidth or bool(self.sigma)
+
     def update(self, key: Hashable, features: Tensor) -> None:
         """Take features (b, d) of one entry; only their (b, b) Gram is kept.
 

@@ -81,6 +81,11 @@ class Sketch:
         """The entries, in the order of the first batch."""
         return list(self.rows)
 
+    @property
+    def ready(self) -> bool:
+        """True: no batch fixes anything for the others."""
+        return True
+
     def update(self, key: Hashable, features: Tensor) -> None:
         """Project features (b, d) of one entry; k numbers an image are kept.
 
@@ -131,10 +136,8 @@ class Sketch:
             self.offset[key] = offset + known.to(offset.device)
 
     def new_shard(self) -> Sketch:
-        """An empty estimator for other batches of the same run, relative to the same origin."""
-        shard = Sketch(kernel="linear", size=self.size, seed=self.seed, groups=self.groups)
-        shard.origin = dict(self.origin)
-        return shard
+        """An empty estimator for other batches of the same run."""
+        return Sketch(size=self.size, seed=self.seed, groups=self.groups)
 
     def merge(self, other: Sketch) -> None:
         """Take the sketches of an estimator over other batches of the same run.

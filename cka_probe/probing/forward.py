@@ -2,10 +2,10 @@
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cka_probe.activations.hooks import Collector, Tap, failing_module
 from cka_probe.activations.layers import unwrap
 from cka_probe.activations.macs import MacCounter, layer_table
-from cka_probe.engine.kernels import NonFiniteFeaturesError
+from cka_probe.engine.centring import NonFiniteFeaturesError
 from cka_probe.errors import one_line
 from cka_probe.inputs.batches import Batch
 
@@ -43,6 +43,16 @@ class Seen:
         )
 
 
+class Sink(Protocol):
+    """What takes the features: an estimator, or one that several processes share."""
+
+    def update(self, key: Hashable, features: Tensor) -> None:
+        """Take the features (b, d) of one entry in the open batch."""
+
+    def end_batch(self, index: int) -> None:
+        """End batch `index`."""
+
+
 class Forwards:
     """The networks with their hooks in, for the length of a run.
 
@@ -64,7 +74,7 @@ class Forwards:
     def __init__(
         self,
         models: Mapping[str, nn.Module],
-        estimator: Any,
+        estimator: Sink,
         stack: ExitStack,
         *,
         layers: Any = None,
@@ -112,7 +122,7 @@ class Forwards:
             ValueError: an accelerator found NaN or Inf; the message names layer, view and batch.
         """
         try:
-            self.estimator.close_batch(index)
+            self.estimator.end_batch(index)
         except NonFiniteFeaturesError as error:
             view, tap = error.key
             where = f"layer {self.collectors[view].labels[tap]!r}, view {view!r}, batch {index}"
@@ -134,7 +144,7 @@ class Forwards:
         counter = MacCounter(active=first)
 
         def sink(tap: Tap, features: Tensor) -> None:
-            counter.outside(self.estimator.put, (view, tap), features)
+            counter.outside(self.estimator.update, (view, tap), features)
 
         x = x.to(device, non_blocking=device.type != "cpu")  # to the host: whole when it is read
         n = len(x)

@@ -6,53 +6,52 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from cka_probe.distributed.ranks import Ranks
+from cka_probe.engine.estimator import Estimator
 from cka_probe.inputs.batches import Batch, Source, batches
 from cka_probe.inputs.views import Transform
 from cka_probe.io import remove_partial_files
-from cka_probe.probing import state
 from cka_probe.probing.forward import Forwards, Seen
 from cka_probe.probing.options import ProbeOptions
-from cka_probe.probing.sharing import share
-from cka_probe.probing.state import Bad, Saver
+from cka_probe.probing.sharing import SharedEstimator
+from cka_probe.probing.state import Bad, Saver, save_every_s
 from cka_probe.progress import progress_bar
 
 
 class Loop:
     """All batches of a run, once.
 
-    Round k is batches start + k N .. start + k N + N - 1, one a process. The processes meet after
-    the first round and then about as often as the state is saved; what they bring there is what
-    one process would have after the same batches, and so is what is saved.
+    With N processes, round k is batches start + k N .. start + k N + N - 1, one a process. The
+    processes sync after the first round and then about as often as the state is saved.
 
     Args:
-        estimator: of the whole run, fresh.
+        estimator: the estimator of the whole run, fresh.
         source: the images.
-        plan: the batches, as `images.plan` cuts them.
+        plan: the batches, as `plan` cuts them.
         options: the run's fingerprint.
-        folder: of the saved state; None saves nothing.
+        folder: folder of the saved state; None saves nothing.
         ranks: the processes that share the run.
 
     Attributes:
         start: the first batch that was done here; those before were in the saved state.
         left_out: after `run`, names of images, on rank 0.
-        too_few: those of them that could be read, in batches with fewer than 4 such.
+        too_few: the readable images among them, from batches with fewer than 4 readable ones.
     """
 
     def __init__(
-        self, estimator: Any, source: Source, plan: list[slice], *, options: dict[str, Any],
+        self, estimator: Estimator, source: Source, plan: list[slice], *, options: dict[str, Any],
         folder: Path | None, ranks: Ranks,
     ) -> None:  # fmt: skip
         self.estimator, self.source, self.plan, self.ranks = estimator, source, plan, ranks
-        self.saver = Saver(folder if ranks.first else None, options, len(source))
+        self.shared = SharedEstimator(estimator, ranks)
+        self.saver = Saver(folder if ranks.first else None, options)
         self.folder = folder
         self.start = 0
         self.bad: Bad = []
         self._new_bad: Bad = []
-        self._images = 0  # of this process, since the last meeting
+        self._images = 0  # of this process, since the last sync
 
     @property
     def left_out(self) -> list[str]:
@@ -61,7 +60,7 @@ class Loop:
 
     @property
     def too_few(self) -> list[str]:
-        """Those of them that could be read."""
+        """The readable images among them."""
         return [name for *_, readable in sorted(self.bad) for name in readable]
 
     def run(
@@ -81,14 +80,11 @@ class Loop:
         """
         with ExitStack() as stack:
             work = Forwards(
-                models, self.estimator, stack, layers=options.layers, reduce=options.reduce,
+                models, self.shared, stack, layers=options.layers, reduce=options.reduce,
                 device=options.device, amp=options.amp, hint=options.size_hint,
             )  # fmt: skip
             announce()  # layers and devices are known to be good
-            home = next(iter(work.devices.values()), torch.device("cpu"))
-            self.shared = share(self.estimator, self.ranks, home)
-            work.estimator = self.shared
-            self._take_up(home, resume=options.resume, say=say)
+            self._prepare(resume=options.resume, say=say)
             bar = stack.enter_context(
                 progress_bar(
                     len(self.source), desc="probe", unit="image",
@@ -115,15 +111,13 @@ class Loop:
             raise ValueError(f"no readable images: {len(self.left_out)} left out: check the files")
         return seen
 
-    def _take_up(
-        self, home: torch.device, *, resume: bool, say: Callable[[str], None] | None
-    ) -> None:
-        """The saved state, where the run is to be resumed; the folder as a fresh run wants it."""
+    def _prepare(self, *, resume: bool, say: Callable[[str], None] | None) -> None:
+        """Make the folder, and load the saved state if the run is resumed."""
         if self.folder is not None and self.ranks.first:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_partial_files(self.folder)
             if resume:
-                self.start, self.bad = self.saver.load(self.estimator, home) or (0, [])
+                self.start, self.bad = self.saver.load(self.estimator) or (0, [])
         self.start = self.ranks.agree(self.start)
         self.shared.begin()
         if resume and say is not None:
@@ -135,35 +129,34 @@ class Loop:
             )
 
     def _rounds(self, work: Forwards, stream: Iterator[Batch], bar: Any) -> None:
-        size, following, whole = self.ranks.size, self.start, True
+        size, following, complete = self.ranks.size, self.start, True
         count = -(-(len(self.plan) - self.start) // size)
-        due, met, began = 1, 0, time.perf_counter()
+        due, synced, began = 1, 0, time.perf_counter()
         try:
             for k in range(1, count + 1):
-                self.ranks.look()
                 batch = next(stream, None)
                 if batch is not None and batch.views:
                     work.take(batch, bar)
-                whole = False  # an interruption from here on leaves half a batch in the sums
+                complete = False  # an interruption from here on leaves half a batch in the sums
                 if batch is not None:
                     self._done(work, batch, bar)
                 following = min(len(self.plan), self.start + k * size)
-                whole = True
+                complete = True
                 if size > 1 and k == due and k < count:
-                    self._meet(bar)
-                    due = k + self.ranks.agree(self._until_next(k - met, began))
-                    met, began = k, time.perf_counter()
-                if following < len(self.plan) and (size == 1 or met == k) and self.saver.due():
+                    self._sync(bar)
+                    due = k + self.ranks.agree(self._rounds_until_sync(k - synced, began))
+                    synced, began = k, time.perf_counter()
+                if following < len(self.plan) and (size == 1 or synced == k) and self.saver.due():
                     self.saver.save(self.estimator, following, self.bad)
             if size > 1:
-                self._meet(bar, last=True)
+                self._sync(bar)
         except KeyboardInterrupt:
-            if whole and size == 1 and self.start < following < len(self.plan):
+            if complete and size == 1 and self.start < following < len(self.plan):
                 self.saver.save(self.estimator, following, self.bad)
             raise
 
     def _done(self, work: Forwards, batch: Batch, bar: Any) -> None:
-        """A batch is through: into the estimator with it."""
+        """End a batch in the estimator, and note the images that were left out."""
         if batch.views:
             work.close(batch.index)
         bad = self.bad if self.ranks.size == 1 else self._new_bad
@@ -171,20 +164,21 @@ class Loop:
         self._images += len(batch.ids)
         bar.update(len(batch.ids))
 
-    def _meet(self, bar: Any, *, last: bool = False) -> None:
-        """Rank 0 gets what all processes have come to since they last met."""
-        told = self.ranks.gather((self._new_bad, self._images))
-        self.shared.meet(last=last)
-        for rank, (bad, images) in enumerate(told):
+    def _sync(self, bar: Any) -> None:
+        """Merge what all processes did since the last sync into rank 0's estimator."""
+        done = self.ranks.gather((self._new_bad, self._images))
+        self.shared.sync()
+        for rank, (bad, images) in enumerate(done):
             self.bad += bad
             if rank:
                 bar.update(images)
         self._new_bad, self._images = [], 0
 
-    def _until_next(self, done: int, began: float) -> int:
-        """Rounds until the next meeting: as many as a save's interval holds."""
+    def _rounds_until_sync(self, done: int, began: float) -> int:
+        """Rounds until the next sync: as many as fit between two saved states."""
         seconds = max(1e-6, (time.perf_counter() - began) / done)
-        return max(1, min(int(state.SAVE_EVERY_S / seconds), self.shared.rounds(done)))
+        rounds = int(save_every_s() / seconds)
+        return max(1, min(rounds, self.shared.rounds_until_sync(done)))
 
     def _images_before(self, batch: int) -> int:
         return sum(rows.stop - rows.start for rows in self.plan[:batch])

@@ -7,8 +7,8 @@ from torch import nn
 
 from cka_probe.activations.layers import unwrap
 from cka_probe.activations.macs import model_sha256
+from cka_probe.engine.estimator import Result
 from cka_probe.engine.kernels import get_kernel
-from cka_probe.engine.minibatch import Result
 from cka_probe.engine.projection import BLOCKS
 from cka_probe.inputs.batches import Source
 from cka_probe.inputs.views import Transform

@@ -11,14 +11,12 @@ from torch import nn
 
 from cka_probe.activations.layers import Layers
 from cka_probe.activations.reduce import Reducer
-from cka_probe.engine.bandwidth import check_bandwidth
-from cka_probe.engine.kernels import Block, get_kernel
+from cka_probe.engine.kernels import Block, check_bandwidth, get_kernel
 from cka_probe.engine.memory import parse_memory
-from cka_probe.engine.minibatch import ESTIMATORS
-from cka_probe.engine.sketch import check_linear, choose_size
+from cka_probe.engine.sketch import check_linear, sketch_size
 from cka_probe.inputs.scales import check_scales
 from cka_probe.inputs.views import NATIVE, Transform
-from cka_probe.probing.choose import AUTO
+from cka_probe.probing.choose import AUTO, ESTIMATORS
 
 __all__ = ["ProbeOptions", "Views", "check_network"]
 
@@ -97,7 +95,7 @@ class ProbeOptions:
     @property
     def sketch_width(self) -> int:
         """Numbers per layer and image that a sketch keeps (k)."""
-        return choose_size(self.sketch_size, None)
+        return sketch_size(self.sketch_size)
 
     @property
     def view_pairs(self) -> dict[str, tuple[nn.Module | None, Transform | None]]:

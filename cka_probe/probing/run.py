@@ -17,14 +17,13 @@ from cka_probe.activations.macs import merge_tables, versions
 from cka_probe.distributed.ranks import Ranks
 from cka_probe.engine.kernels import get_kernel
 from cka_probe.engine.memory import free_memory, readable
-from cka_probe.engine.minibatch import ESTIMATORS
 from cka_probe.functional import warn_degenerate
 from cka_probe.inputs.batches import Source, open_images, plan
 from cka_probe.inputs.decode import ImageError
 from cka_probe.inputs.views import NATIVE, Transform, look, scale_transforms, view_transforms
 from cka_probe.io import plain
 from cka_probe.models.load import IMAGENET
-from cka_probe.probing.choose import AUTO, Choice, check_exact_fits, choose_estimator
+from cka_probe.probing.choose import AUTO, ESTIMATORS, Choice, check_exact_fits, choose_estimator
 from cka_probe.probing.forecast import Estimate, estimate, estimator_bytes, seconds_on_this_cpu
 from cka_probe.probing.forward import device_of
 from cka_probe.probing.loop import Loop
@@ -226,7 +225,7 @@ class Run:
         )  # fmt: skip
         if not self.ranks.first:
             return None
-        result = loop.estimator.result()
+        result = loop.estimator.compute()
         keys: list[tuple[str, Tap]] = result.keys
         labels = [seen.labels[view][tap] for view, tap in keys]
         views = [view for view, _ in keys]

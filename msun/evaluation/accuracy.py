@@ -232,7 +232,7 @@ class _Job:
                     close_features(estimator, index, self.own.name)
                 bar.update(len(rows))
             bar.leave = True
-        self.cka = None if estimator is None else estimator.result()
+        self.cka = None if estimator is None else estimator.compute()
         return found
 
     def mixed(self) -> Predictions:

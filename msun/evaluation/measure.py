@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cka_probe.activations.hooks import failing_module
 from cka_probe.activations.layers import ROOT, module_paths, unwrap
-from cka_probe.engine.kernels import NonFiniteFeaturesError
+from cka_probe.engine.centring import NonFiniteFeaturesError
 from cka_probe.engine.minibatch import Minibatch
 from cka_probe.errors import one_line
 from cka_probe.probing.forward import device_of, move_to
@@ -217,7 +217,7 @@ def put_features(estimator: Minibatch, side: int, features: Tensor | None, name:
     if features is None:
         return
     try:
-        estimator.put(side, features)
+        estimator.update(side, features)
     except NonFiniteFeaturesError as error:
         raise _not_finite(name, side, error) from None
 
@@ -229,7 +229,7 @@ def close_features(estimator: Minibatch, index: int, name: str) -> None:
         ValueError: features are not finite.
     """
     try:
-        estimator.close_batch(index)
+        estimator.end_batch(index)
     except NonFiniteFeaturesError as error:
         raise _not_finite(name, error.key, error) from None
 

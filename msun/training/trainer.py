@@ -59,7 +59,7 @@ def train(model: MSUN, data: Any, config: TrainConfig) -> Path:
     device = _device(model, config.device)
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with started(device, timeout=None) as ranks:
+        with started(device) as ranks:
             run = _Run(model.to(device), data, config, device, ranks)
             if not run.prepared():
                 run.execute()
@@ -204,7 +204,7 @@ class _Run:
             self.descent.load(state)
             self.table, self.seconds = state["table"], state["seconds"]
             self.saved_step = self.descent.step
-        self.ranks.spread([*self.model.parameters(), *self.model.buffers()])  # all have read
+        self.ranks.broadcast([*self.model.parameters(), *self.model.buffers()])  # all have read
         if self.ranks.first:
             self.made = [path for path in (out, *out.parents) if not path.exists()]
             out.mkdir(parents=True, exist_ok=True)
@@ -335,7 +335,7 @@ class _Run:
         hits = torch.zeros(len(scales), dtype=torch.int64, device=self.device)
         average, rows = self.descent.average, self.descent.rows
         with average.applied() if average is not None else nullcontext():
-            self.ranks.spread(self.model.buffers())
+            self.ranks.broadcast(self.model.buffers())
             self.model.eval()
             with closing(self.looks.batches(batches, workers=self.config.workers)) as stream:
                 for images, labels in stream:

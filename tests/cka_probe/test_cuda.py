@@ -11,7 +11,9 @@ from torch import nn
 
 from cka_probe import cka, cka_loss, cka_matrix, permutation_test, probe
 from cka_probe.cli.main import main
-from cka_probe.engine.minibatch import Exact, Minibatch, Sketch
+from cka_probe.engine.exact import Exact
+from cka_probe.engine.minibatch import Minibatch
+from cka_probe.engine.sketch import Sketch
 
 CUDA = torch.device("cuda")
 pytestmark = [
@@ -87,9 +89,9 @@ def filled(estimator):
     """The result of an estimator that got two batches of two entries."""
     for index, part in enumerate((slice(0, 32), slice(32, 64))):
         for key, x in zip("xy", related(), strict=True):
-            estimator.put(key, x[part].to(CUDA))
-        estimator.close_batch(index)
-    return estimator.result().cka[0, 1]
+            estimator.update(key, x[part].to(CUDA))
+        estimator.end_batch(index)
+    return estimator.compute().cka[0, 1]
 
 
 def on_cuda(function, **options):

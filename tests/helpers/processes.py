@@ -22,9 +22,8 @@ from torch.nn import functional as F
 
 from cka_probe import probe
 from cka_probe.cli.main import main
-from cka_probe.distributed import heartbeat as link
 from cka_probe.distributed import ranks
-from cka_probe.probing import row_file, state
+from cka_probe.probing import state
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -114,7 +113,6 @@ PLACES = {
     "save": (state.Saver, "save"),
     "write": (state, "save_npz"),
     "bytes": (np, "savez_compressed"),
-    "rows": (row_file.RowFile, "append"),
     "sync": (os, "fsync"),
 }
 
@@ -132,10 +130,9 @@ def work(job, rank):
     """What one process of a job does."""
     out = Path(job["out"])
     out.mkdir(exist_ok=True)
-    state.SAVE_EVERY_S = job.get("save_every_s", 1e9)
+    os.environ["CKA_PROBE_SAVE_EVERY_S"] = str(job.get("save_every_s", 1e9))
     state._SHARE = 0
-    if job["size"] > 1:
-        link.SILENCE_S, link.BEAT_S = 1.5, 0.2
+    ranks._GRACE_S = 0.2
     arrange(job.get("faults", []), rank)
     if "cli" in job:
         for name, number in (("out", 1), ("err", 2)):

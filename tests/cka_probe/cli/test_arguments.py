@@ -132,7 +132,7 @@ def test_ctrl_c_offers_resume_only_where_there_is_something(
 
 
 def test_a_demo_leaves_no_state(tmp_path, monkeypatch):
-    monkeypatch.setattr("cka_probe.probing.state.SAVE_EVERY_S", 0.0)
+    monkeypatch.setenv("CKA_PROBE_SAVE_EVERY_S", "0")
 
     def stop(*args, **options):
         assert not list((tmp_path / "o").glob("state*"))

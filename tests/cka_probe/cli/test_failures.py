@@ -85,7 +85,7 @@ def test_bad_input_in_mid_run_leaves_no_state(place, tmp_path, monkeypatch, caps
     shutil.copytree(place / "photos", photos)
     argv = words(place, out, "--quiet", "--batch-size", "4")
     argv[argv.index("--data") + 1] = str(photos)
-    monkeypatch.setattr(state, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setenv("CKA_PROBE_SAVE_EVERY_S", "0")
     saved = []
     save = state.Saver.save
     monkeypatch.setattr(state.Saver, "save", lambda *a: saved.append(1) or save(*a))
@@ -115,7 +115,7 @@ def test_bad_input_in_mid_run_leaves_no_state(place, tmp_path, monkeypatch, caps
 
 def test_a_disk_that_does_not_answer_costs_no_state(place, tmp_path, monkeypatch):
     out = tmp_path / "o"
-    monkeypatch.setattr(state, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setenv("CKA_PROBE_SAVE_EVERY_S", "0")
     save = state.Saver.save
 
     def then_fail(*a):
@@ -136,8 +136,8 @@ def test_a_state_of_an_earlier_version_goes_on_with_what_it_left_out(tmp_path):
     def filled():
         one = Minibatch(4)
         for key in "ab":
-            one.put((key, state.Tap("m", None, 0)), torch.randn(8, 3))
-        one.close_batch(0)
+            one.update((key, state.Tap("m", None, 0)), torch.randn(8, 3))
+        one.end_batch(0)
         return one
 
     saver = state.Saver(tmp_path, {"seed": 0}, 32)

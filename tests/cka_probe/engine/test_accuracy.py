@@ -5,7 +5,8 @@ import oracle
 import pytest
 import torch
 
-from cka_probe.engine.minibatch import Exact, Minibatch
+from cka_probe.engine.exact import Exact
+from cka_probe.engine.minibatch import Minibatch
 
 LINEAR, RBF = 1e-6, 1e-5
 
@@ -25,9 +26,9 @@ def draw(n, d, m, *, seed=0, mean=0.0, scale=1.0, dtype=torch.float32):
 def exact(features, **options):
     estimator = Exact(bandwidth_images=None, **options)
     for i, x in enumerate(features):
-        estimator.put(i, x)
-    estimator.close_batch(0)
-    return estimator.result().cka
+        estimator.update(i, x)
+    estimator.end_batch(0)
+    return estimator.compute().cka
 
 
 def minibatch(features, size, **options):
@@ -37,12 +38,12 @@ def minibatch(features, size, **options):
     estimator = Minibatch(len(starts), **options)
     for b, (start, stop) in enumerate(zip(starts, stops, strict=True)):
         for i, x in enumerate(features):
-            estimator.put(i, x[start:stop])
-        estimator.close_batch(b)
+            estimator.update(i, x[start:stop])
+        estimator.end_batch(b)
     entries = [
         [x[a:b].double().numpy() for a, b in zip(starts, stops, strict=True)] for x in features
     ]
-    return estimator.result().cka, entries
+    return estimator.compute().cka, entries
 
 
 def wide(features):
@@ -146,14 +147,14 @@ def test_exact_does_not_depend_on_batching(kernel):
     whole = Exact(kernel=kernel)
     parts = Exact(kernel=kernel)
     for i, x in enumerate(features):
-        whole.put(i, x)
-    whole.close_batch(0)
+        whole.update(i, x)
+    whole.end_batch(0)
     bounds = [0, 4, 50, 51 + 60, 203]
     for b in reversed(range(4)):  # and not on the order in which batches arrive
         for i, x in enumerate(features):
-            parts.put(i, x[bounds[b] : bounds[b + 1]])
-        parts.close_batch(b)
-    one, other = whole.result(), parts.result()
+            parts.update(i, x[bounds[b] : bounds[b + 1]])
+        parts.end_batch(b)
+    one, other = whole.compute(), parts.compute()
     assert np.abs(one.cka - other.cka).max() <= 1e-9
     assert np.abs(one.stderr - other.stderr).max() <= 1e-9
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from cka_probe import DegenerateWarning, cka, cka_loss, cka_matrix, permutation_test
+from cka_probe.engine.exact import Exact
 from cka_probe.engine.kernels import get_kernel
-from cka_probe.engine.minibatch import Exact, Minibatch
-from cka_probe.engine.spool import GramBlocks, Spool
+from cka_probe.engine.minibatch import Minibatch
 from cka_probe.engine.tiled import TiledSums
 
 
@@ -31,22 +31,12 @@ def test_constant_up_to_the_rounding_of_the_features_not_of_their_gram(n):
         assert math.isnan(cka(torch.tensor(x).half(), y))
     assert math.isnan(float(cka_loss(torch.tensor(x), torch.tensor(y))))
     for batch in (Minibatch(1), Exact()):
-        batch.put("dead", torch.tensor(x))
-        batch.put("live", torch.tensor(y))
-        batch.close_batch(0)
-        assert batch.result().constant.tolist() == [True, False]
+        batch.update("dead", torch.tensor(x))
+        batch.update("live", torch.tensor(y))
+        batch.end_batch(0)
+        assert batch.compute().constant.tolist() == [True, False]
     wide = x.astype(np.float64)  # as float64 the steps are no rounding
     assert cka(wide, wide) == pytest.approx(1, abs=1e-12)
-
-
-def test_a_spooled_layer_is_judged_alike():
-    spool = Spool()
-    for key, x in (("dead", speckled(16)), ("live", np.random.default_rng(1).normal(size=(16, 6)))):
-        spool.append(key, torch.tensor(x, dtype=torch.float32))
-        spool.name_last(key, 0)
-    blocks = GramBlocks(spool, get_kernel("linear"), 2**24, None)
-    assert blocks.constant.tolist() == [True, False]
-    assert blocks.eps == [torch.finfo(torch.float32).eps] * 2
 
 
 def flat(n, scales):
@@ -115,15 +105,10 @@ def test_taking_row_means_off_changes_nothing_else(unbiased):
     """Song's sums of a linear Gram, with groups left out, against U-centred Grams of the rest."""
     rng = np.random.default_rng(3)
     features = [rng.normal(size=(40, d)) * rng.gamma(1, size=(40, 1)) for d in (3, 60)]
-    spool = Spool()
-    for key, x in enumerate(features):
-        spool.append(key, torch.tensor(x))
-        spool.name_last(key, 0)
     from cka_probe.engine.tiled import FeatureBlocks
 
     kernel = get_kernel("linear")
-    sources = [FeatureBlocks([torch.tensor(x) for x in features], kernel),
-               GramBlocks(spool, kernel, 2**24, None)]  # fmt: skip
+    sources = [FeatureBlocks([torch.tensor(x) for x in features], kernel)]
     for source in sources:
         sums = TiledSums(source, kernel, groups=5, unbiased=unbiased, tile_bytes=8 * 2 * 40 * 3)
         for group in (None, 0, 3):
@@ -156,7 +141,8 @@ def test_a_kernel_of_ones_own_keeps_its_digits_too():
 
 
 def test_a_kernel_of_products_that_is_no_linear_one():
-    from cka_probe.engine.kernels import Kernel, product
+    from cka_probe.engine.kernels import Kernel
+    from cka_probe.engine.products import product
 
     def finished(block, sigma):
         return (block + 1e9) ** 2

@@ -6,8 +6,8 @@ import pytest
 import torch
 from scipy import stats
 
-from cka_probe.engine.memory import exact_bytes
-from cka_probe.engine.minibatch import Exact, Minibatch
+from cka_probe.engine.exact import Exact
+from cka_probe.engine.minibatch import Minibatch
 
 
 def features(n, m=3, d=8, seed=0):
@@ -23,38 +23,38 @@ def features(n, m=3, d=8, seed=0):
 def fill(estimator, x, bounds, batches=None):
     for b in batches if batches is not None else range(len(bounds) - 1):
         for i, f in enumerate(x):
-            estimator.put(i, f[bounds[b] : bounds[b + 1]])
-        estimator.close_batch(b)
+            estimator.update(i, f[bounds[b] : bounds[b + 1]])
+        estimator.end_batch(b)
     return estimator
 
 
 def test_merge_of_shards_is_the_whole():
     x, bounds = features(100), list(range(0, 101, 10))
-    whole = fill(Minibatch(10), x, bounds).result()
+    whole = fill(Minibatch(10), x, bounds).compute()
     even, odd = (
         fill(Minibatch(10), x, bounds, range(0, 10, 2)),
         fill(Minibatch(10), x, bounds, range(1, 10, 2)),
     )
     even.merge(odd)
-    assert np.abs(even.result().cka - whole.cka).max() < 1e-12
-    assert np.abs(even.result().stderr - whole.stderr).max() < 1e-12
+    assert np.abs(even.compute().cka - whole.cka).max() < 1e-12
+    assert np.abs(even.compute().stderr - whole.stderr).max() < 1e-12
     with pytest.raises(ValueError, match="sums of another run"):
         even.merge(Minibatch(11))
 
 
 def test_exact_merge_is_the_whole():
     x, bounds = features(100), [0, 30, 60, 100]
-    whole = fill(Exact(), x, bounds).result()
+    whole = fill(Exact(), x, bounds).compute()
     one, two = fill(Exact(), x, bounds, [0, 2]), fill(Exact(), x, bounds, [1])
     one.merge(two)
-    assert np.abs(one.result().cka - whole.cka).max() < 1e-12
+    assert np.abs(one.compute().cka - whole.cka).max() < 1e-12
 
 
 @pytest.mark.parametrize("n", [100, 107])
 def test_minibatch_error_bar_is_the_jackknife_over_batches(n):
     bounds = [*range(0, 100, 10), n]
     x = features(n, m=2)
-    result = fill(Minibatch(10), x, bounds).result()
+    result = fill(Minibatch(10), x, bounds).compute()
     groups = [np.arange(bounds[b], bounds[b + 1]) for b in range(10)]
 
     def estimate(parts):
@@ -66,7 +66,7 @@ def test_minibatch_error_bar_is_the_jackknife_over_batches(n):
 
 def test_many_batches_fold_into_32_groups():
     x, bounds = features(400, m=2), list(range(0, 401, 4))
-    result = fill(Minibatch(100), x, bounds).result()
+    result = fill(Minibatch(100), x, bounds).compute()
     assert result.groups == 32
     group_of = np.array([b * 32 // 100 for b in range(100)]).repeat(4)
     groups = [np.flatnonzero(group_of == g) for g in range(32)]
@@ -84,7 +84,7 @@ def test_exact_error_bar_is_the_jackknife_over_images(unbiased, kernel):
     n = 47
     x = features(n, m=2)
     sigmas = [np.sqrt(np.median(squared(f.numpy())[np.triu_indices(n, 1)])) for f in x]
-    result = fill(Exact(unbiased=unbiased, kernel=kernel), x, [0, n]).result()
+    result = fill(Exact(unbiased=unbiased, kernel=kernel), x, [0, n]).compute()
     bounds = np.linspace(0, n, 11 + 1).round().astype(int)
     groups = [np.arange(a, b) for a, b in pairwise(bounds)]
     assert result.groups == 11
@@ -131,7 +131,7 @@ def test_intervals_cover(kind, groups):
         x = [z @ w + torch.randn(groups * per, 12, **draw) for w in (a, b)]
         estimator = Minibatch(groups) if kind == "minibatch" else Exact(groups=groups)
         step = per if kind == "minibatch" else groups * per
-        result = fill(estimator, x, list(range(0, groups * per + 1, step))).result()
+        result = fill(estimator, x, list(range(0, groups * per + 1, step))).compute()
         assert result.groups == groups
         hits += abs(result.cka[0, 1] - truth) <= quantile * result.stderr[0, 1]
     assert 0.90 <= hits / draws <= 0.98
@@ -139,7 +139,7 @@ def test_intervals_cover(kind, groups):
 
 def test_tail_batches_weigh_what_they_hold():
     x = features(68, m=2)
-    result = fill(Minibatch(2), x, [0, 64, 68]).result()
+    result = fill(Minibatch(2), x, [0, 64, 68]).compute()
     expected = oracle.cka_minibatch(*[[f.numpy()[:64], f.numpy()[64:]] for f in x])
     assert result.cka[0, 1] == pytest.approx(expected, abs=1e-9)
 
@@ -151,8 +151,8 @@ def test_minibatch_memory_does_not_grow():
     held = sum(a.nbytes for a in (estimator.hsic, estimator.floor, estimator.weight))
     for b in range(1, 50):
         for i, f in enumerate(x):
-            estimator.put(i, f)
-        estimator.close_batch(b)
+            estimator.update(i, f)
+        estimator.end_batch(b)
     assert held == sum(a.nbytes for a in (estimator.hsic, estimator.floor, estimator.weight))
     assert not estimator._open
     assert not estimator.waiting
@@ -162,7 +162,7 @@ def test_constant_and_vanishing_entries_are_nan_and_named():
     x = torch.randn(40, 40, generator=torch.Generator().manual_seed(0))
     entries = [x, torch.full((40, 5), 0.1), torch.eye(40)]
     for estimator in (Minibatch(1), Exact(), Exact(kernel="rbf"), Minibatch(1, kernel="rbf")):
-        result = fill(estimator, entries, [0, 40]).result()
+        result = fill(estimator, entries, [0, 40]).compute()
         assert result.constant.tolist() == [False, True, False]
         assert result.vanishing.tolist() == [False, False, True]
         assert np.isnan(result.cka[1:]).all()
@@ -174,7 +174,7 @@ def test_an_entry_that_is_constant_in_one_batch_only_still_counts():
     x, y = features(40, m=2)
     y = y.clone()
     y[:10] = 0.1
-    result = fill(Minibatch(4), [x, y], [0, 10, 20, 30, 40]).result()
+    result = fill(Minibatch(4), [x, y], [0, 10, 20, 30, 40]).compute()
     parts = [[f.numpy()[i : i + 10] for i in (10, 20, 30)] for f in (x, y)]
     hxy, hyy = (
         sum(oracle.hsic1(oracle.gram(p), oracle.gram(q)) for p, q in zip(u, parts[1], strict=True))
@@ -188,23 +188,23 @@ def test_an_entry_that_is_constant_in_one_batch_only_still_counts():
 def test_refusals():
     x = torch.randn(8, 3)
     with pytest.raises(ValueError, match="too few images: 3"):
-        Minibatch(1).put("x", x[:3])
+        Minibatch(1).update("x", x[:3])
     with pytest.raises(ValueError, match="biased minibatch CKA"):
         Minibatch(1, unbiased=False)
     for estimator in (Minibatch(2), Exact()):
-        estimator.put("x", x)
-        estimator.close_batch(0)
-        estimator.put("y", x)
+        estimator.update("x", x)
+        estimator.end_batch(0)
+        estimator.update("y", x)
         with pytest.raises(ValueError, match="entries differ between batches"):
-            estimator.close_batch(1)
+            estimator.end_batch(1)
 
 
 def test_one_group_has_no_error_bar():
-    result = fill(Minibatch(1), features(30), [0, 30]).result()
+    result = fill(Minibatch(1), features(30), [0, 30]).compute()
     assert result.groups == 1
     assert np.isnan(result.stderr[0, 1])
-    assert fill(Exact(), features(7), [0, 7]).result().groups == 1
-    assert fill(Exact(), features(16), [0, 16]).result().groups == 4
+    assert fill(Exact(), features(7), [0, 7]).compute().groups == 1
+    assert fill(Exact(), features(16), [0, 16]).compute().groups == 4
 
 
 def test_the_bandwidth_is_that_of_256_images_within_their_batches():
@@ -212,30 +212,9 @@ def test_the_bandwidth_is_that_of_256_images_within_their_batches():
     y[256:] *= 9  # the third batch holds images 200 to 299
     whole = Minibatch(4, kernel="rbf")
     for b, rows in enumerate(torch.arange(400).split(100)):
-        whole.put("x", x[rows])
-        whole.put("y", y[rows])
-        whole.close_batch(b)
+        whole.update("x", x[rows])
+        whole.update("y", y[rows])
+        whole.end_batch(b)
     parts = [y[:100], y[100:200], y[200:256]]
     d = np.concatenate([np.asarray(torch.pdist(part.double())) for part in parts])
     assert whole.sigma["y"] == pytest.approx(np.median(d), rel=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kernel", ["linear", "rbf"])
-@pytest.mark.parametrize("n", [20, 50])
-def test_spooled_features_give_the_cka_of_those_in_memory(n, kernel, dtype, tmp_path):
-    features = {d: torch.randn(n, d, dtype=dtype).mul(3).add(5) for d in (9, 6000)}
-    # less than the features of all images take, more than the Grams do
-    need = exact_bytes(n, [(d, dtype.itemsize) for d in features], groups=4)
-    found = []
-    for memory in (None, need - 1):
-        one = Exact(kernel=kernel, memory=memory, n_images=n, folder=tmp_path, groups=4)
-        for key, x in features.items():
-            one.put(key, x)
-        one.close_batch(0)
-        assert (one.spool is not None) == (memory is not None)
-        found.append(one.result())
-    assert found[1].cka == pytest.approx(found[0].cka, abs=1e-6)
-    assert found[1].stderr == pytest.approx(found[0].stderr, abs=1e-6)
-    truth = oracle.cka(*(x.double().numpy() for x in features.values()), kernel)
-    assert found[0].cka[0, 1] == pytest.approx(truth, abs=1e-6)

@@ -12,10 +12,10 @@ from torch import nn
 from cka_probe import DegenerateWarning, Report, probe
 from cka_probe.activations.hooks import Collector
 from cka_probe.cli.main import main
-from cka_probe.engine.kernels import NonFiniteFeaturesError
-from cka_probe.engine.minibatch import Exact, Sketch
+from cka_probe.engine.centring import NonFiniteFeaturesError
+from cka_probe.engine.exact import Exact
 from cka_probe.engine.projection import BLOCKS, Projection
-from cka_probe.engine.sketch import own_error, size_for
+from cka_probe.engine.sketch import Sketch, sketch_size
 from cka_probe.engine.sketch_sums import SketchSums, sketched_result, unbiased_norms
 from cka_probe.inputs import glyphs
 from cka_probe.models.glyphnet import glyphnet
@@ -35,8 +35,8 @@ def fill(estimator, x, bounds=None, batches=None):
     bounds = bounds or [0, len(x[0])]
     for b in batches if batches is not None else range(len(bounds) - 1):
         for i, f in enumerate(x):
-            estimator.put(i, f[bounds[b] : bounds[b + 1]])
-        estimator.close_batch(b)
+            estimator.update(i, f[bounds[b] : bounds[b + 1]])
+        estimator.end_batch(b)
     return estimator
 
 
@@ -85,7 +85,7 @@ def test_one_matrix_for_two_entries_would_be_nonsense():
     truth = oracle.cka(x.numpy(), y.numpy())
     own, shared = [], []
     for seed in range(20):
-        own.append(fill(Sketch(size=32, seed=seed), [x, y]).result().cka[0, 1])
+        own.append(fill(Sketch(size=32, seed=seed), [x, y]).compute().cka[0, 1])
         projection = Projection(seed, 0, 400, 32)
         rows = [projection(z - z.mean(0), torch.zeros(400))[0] for z in (x, y)]
         sums = SketchSums([z - z.mean(0) for z in rows], [False, False], 1)
@@ -154,10 +154,10 @@ def activations():
 
 def test_exact_lies_within_the_sketchs_own_interval(activations):
     """In 90 to 98 % of cells, over seeds, on real activations; and it states the scatter it has."""
-    exact = off(fill(Exact(), activations).result().cka)
+    exact = off(fill(Exact(), activations).compute().cka)
     quantile, hits, gaps, stated = stats.t.ppf(0.975, BLOCKS - 1), [], [], []
     for seed in range(14):
-        result = fill(Sketch(size=128, seed=seed), activations).result()
+        result = fill(Sketch(size=128, seed=seed), activations).compute()
         gap, own = off(result.cka) - exact, off(result.sketch_stderr)
         assert (off(result.stderr) >= own).all()
         hits.append(np.abs(gap) <= quantile * own)
@@ -187,9 +187,9 @@ def test_hsics_are_unbiased_over_seeds():
 
 
 def test_more_numbers_are_closer(activations):
-    exact = fill(Exact(), activations).result().cka
+    exact = fill(Exact(), activations).compute().cka
     errors = [
-        np.sqrt(np.mean([(off(fill(Sketch(size=k, seed=s), activations).result().cka) - off(exact))
+        np.sqrt(np.mean([(off(fill(Sketch(size=k, seed=s), activations).compute().cka) - off(exact))
                          ** 2 for s in range(3)]))
         for k in (64, 256, 1024)
     ]  # fmt: skip
@@ -198,14 +198,14 @@ def test_more_numbers_are_closer(activations):
 
 @pytest.mark.parametrize("scale", [1e-15, 1.0, 1e12])
 def test_scale_and_offset_do_not_matter(scale):
-    plain = fill(Sketch(size=64), features(60, [900, 300])).result().cka
+    plain = fill(Sketch(size=64), features(60, [900, 300])).compute().cka
     moved = fill(Sketch(size=64), features(60, [900, 300], mean=1e3, scale=scale), [0, 25, 60])
-    assert np.abs(moved.result().cka - plain).max() < 1e-3  # what float32 keeps beside 1e3
+    assert np.abs(moved.compute().cka - plain).max() < 1e-3  # what float32 keeps beside 1e3
 
 
 def test_narrow_layers_are_those_of_exact():
     x = features(50, [40, 64])
-    result, exact = fill(Sketch(size=64), x, [0, 20, 50]).result(), fill(Exact(), x).result()
+    result, exact = fill(Sketch(size=64), x, [0, 20, 50]).compute(), fill(Exact(), x).compute()
     assert np.abs(result.cka - exact.cka).max() < 1e-6
     assert np.abs(result.stderr - exact.stderr).max() < 1e-6
     assert np.abs(result.sketch_stderr).max() < 1e-6
@@ -215,11 +215,11 @@ def test_narrow_layers_are_those_of_exact():
 def test_batching_order_and_merging_do_not_matter(n_images):
     x, bounds = features(100, [500, 30, 2000], mean=10.0), [0, 30, 64, 100]
     make = {"size": 64, "seed": 5, "n_images": n_images}
-    whole = fill(Sketch(**make), x).result()
-    turned = fill(Sketch(**make), x, bounds, [2, 0, 1]).result()
+    whole = fill(Sketch(**make), x).compute()
+    turned = fill(Sketch(**make), x, bounds, [2, 0, 1]).compute()
     one, two = fill(Sketch(**make), x, bounds, [0, 2]), fill(Sketch(**make), x, bounds, [1])
     one.merge(two)
-    for other in (turned, one.result()):
+    for other in (turned, one.compute()):
         assert np.abs(other.cka - whole.cka).max() < 1e-5
         assert np.abs(other.stderr - whole.stderr).max() < 1e-5
     with pytest.raises(ValueError, match="sketches of another run"):
@@ -229,18 +229,18 @@ def test_batching_order_and_merging_do_not_matter(n_images):
 def test_degenerate_entries_are_nan_and_named():
     g = torch.Generator().manual_seed(0)
     x = [torch.randn(40, 300, generator=g), torch.full((40, 300), 0.1), torch.full((40, 9), 7e3)]
-    result = fill(Sketch(size=32), x, [0, 13, 40]).result()
+    result = fill(Sketch(size=32), x, [0, 13, 40]).compute()
     assert result.constant.tolist() == [False, True, True]
     assert np.isnan(result.cka[1:]).all()
     assert np.isnan(result.sketch_stderr[1:]).all()
     noise = [torch.randn(12, 5000, generator=g) for _ in range(12)]
-    lost = fill(Sketch(size=32), noise).result()
+    lost = fill(Sketch(size=32), noise).compute()
     assert lost.vanishing.any()  # a norm at or below 0
     assert np.isnan(lost.cka[lost.vanishing]).all()
     bad = torch.randn(8, 300)
     bad[3, 7] = float("nan")
     with pytest.raises(NonFiniteFeaturesError, match="NaN in 1 of 2400"):
-        Sketch(size=32).put("x", bad)
+        Sketch(size=32).update("x", bad)
 
 
 @pytest.mark.parametrize(
@@ -249,8 +249,6 @@ def test_degenerate_entries_are_nan_and_named():
         ({"kernel": "rbf"}, "linear kernel only: 'rbf'"),
         ({"unbiased": False}, "biased sketch"),
         ({"size": 16}, "sketch too small: 16"),
-        ({"size": 64, "precision": 0.1}, "give one of them"),
-        ({"precision": 2.0}, "bad precision: 2.0"),
     ],
 )
 def test_refusals(options, message):
@@ -259,20 +257,9 @@ def test_refusals(options, message):
     assert "\n" not in str(caught.value)
 
 
-def test_size_follows_from_the_precision():
-    sizes = [size_for(p) for p in (0.1, 0.03, 0.01, 0.003)]
-    assert sizes == sorted(sizes)
-    assert all(k % BLOCKS == 0 for k in sizes)
-    assert all(own_error(k) <= p for k, p in zip(sizes, (0.1, 0.03, 0.01, 0.003), strict=True))
-    assert Sketch(size=100).size == 104
-    g = torch.Generator().manual_seed(0)
-    z = torch.randn(80, 4, generator=g)
-    noisy = [
-        z @ torch.randn(4, 4000, generator=g) + 6 * torch.randn(80, 4000, generator=g)
-        for _ in range(2)
-    ]
-    with pytest.warns(UserWarning, match=r"sketch coarser than asked: .* for 0\.03: use a sketch"):
-        fill(Sketch(precision=0.03), noisy).result()
+def test_the_size_is_a_multiple_of_the_blocks():
+    assert [sketch_size(k) for k in (None, 32, 100)] == [512, 32, 104]
+    assert all(sketch_size(k) % BLOCKS == 0 for k in range(32, 100))
 
 
 def net():

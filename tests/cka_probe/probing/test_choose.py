@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cka_probe.engine.spool import Spool
 from processes import call
 from torch import nn
 
 from cka_probe import probe
+from cka_probe.engine.exact import Exact
 from cka_probe.engine.kernels import get_kernel
-from cka_probe.engine.minibatch import Exact
 from cka_probe.engine.sketch import own_error
-from cka_probe.engine.spool import Spool
 from cka_probe.probing.choose import batch_error, choose
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -98,8 +98,8 @@ def features(n, widths, mean=0.0):
 def fill(estimator, x, bounds, batches):
     for b in batches:
         for i, f in enumerate(x):
-            estimator.put(i, f[bounds[b] : bounds[b + 1]])
-        estimator.close_batch(b)
+            estimator.update(i, f[bounds[b] : bounds[b + 1]])
+        estimator.end_batch(b)
     return estimator
 
 
@@ -108,17 +108,17 @@ def fill(estimator, x, bounds, batches):
 @pytest.mark.parametrize("memory", [30_000_000, 2_500_000])  # Grams in memory, and in a file too
 def test_exact_from_disk_is_exact(kernel, mean, memory):
     x, bounds = features(200, [20_000, 3000, 17], mean), [0, 75, 140, 200]
-    held = fill(Exact(kernel=kernel), x, bounds, range(3)).result()
+    held = fill(Exact(kernel=kernel), x, bounds, range(3)).compute()
     spooled = fill(Exact(kernel=kernel, n_images=200, memory=memory), x, bounds, [1, 2, 0])
     assert spooled.spool is not None
-    result = spooled.result()
+    result = spooled.compute()
     assert np.abs(result.cka - held.cka).max() < 1e-7
     assert np.abs(result.stderr - held.stderr).max() < 1e-7
 
 
 def test_exact_from_disk_names_what_is_degenerate():
     x = [*features(40, [30_000, 30_000]), torch.full((40, 30_000), 0.1)]
-    result = fill(Exact(n_images=40, memory=4_000_000), x, [0, 40], [0]).result()
+    result = fill(Exact(n_images=40, memory=4_000_000), x, [0, 40], [0]).compute()
     assert result.constant.tolist() == [False, False, True]
     assert np.isnan(result.cka[2]).all()
 

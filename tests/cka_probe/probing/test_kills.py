@@ -183,7 +183,7 @@ def test_auto_takes_what_the_state_was_made_by(killed, tmp_path):
 
 
 def test_rows_that_would_fill_the_disk_are_not_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr(state, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setenv("CKA_PROBE_SAVE_EVERY_S", "0")
     monkeypatch.setattr(state.shutil, "disk_usage", lambda folder: FULL)
     with pytest.warns(UserWarning, match="no state is saved: .*the run cannot be resumed"):
         report = call({"estimator": "exact"}, out=tmp_path)
@@ -204,9 +204,9 @@ def test_an_interruption_within_a_sum_saves_no_half_batch(tmp_path, monkeypatch)
             raise KeyboardInterrupt
 
     want = call({})
-    monkeypatch.setattr(state, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setenv("CKA_PROBE_SAVE_EVERY_S", "0")
     monkeypatch.setattr(state, "_SHARE", 0)
-    monkeypatch.setattr(Minibatch, "close_batch", interrupted)
+    monkeypatch.setattr(Minibatch, "end_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         call({}, out=tmp_path)
     monkeypatch.undo()

@@ -272,7 +272,7 @@ def test_the_seed_decides_order_and_subset(images):
 def test_an_interrupted_run_resumes_to_the_same(images, tmp_path, monkeypatch, kernel, at):
     options = {"scales": [8, 16], "batch_size": 4, "kernel": kernel, "progress": False}
     whole = probe(Net(), images, **options)
-    monkeypatch.setattr("cka_probe.probing.state.SAVE_EVERY_S", 0.0)
+    monkeypatch.setenv("CKA_PROBE_SAVE_EVERY_S", "0")
     monkeypatch.setattr("cka_probe.engine.minibatch.BANDWIDTH_IMAGES", 8)
     whole = probe(Net(), images, **options)
     net = Net()
@@ -296,7 +296,7 @@ def test_an_interrupted_run_resumes_to_the_same(images, tmp_path, monkeypatch, k
 
 
 def test_a_state_of_another_run_is_refused_by_name(images, tmp_path, monkeypatch):
-    monkeypatch.setattr("cka_probe.probing.state.SAVE_EVERY_S", 0.0)
+    monkeypatch.setenv("CKA_PROBE_SAVE_EVERY_S", "0")
     options = {"scales": [8, 16], "batch_size": 4, "progress": False, "out": tmp_path}
     net = Net()
     handle = net.register_forward_pre_hook(

@@ -10,17 +10,14 @@ from processes import call, images
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cka_probe.engine import device, exact, sketch
-from cka_probe.engine import minibatch as estimators
-from cka_probe.engine.device import device_block
+from cka_probe.engine import batch_gram as room
+from cka_probe.engine import exact, sketch
+from cka_probe.engine.batch_gram import batch_gram
+from cka_probe.engine.centring import NonFiniteFeaturesError
 from cka_probe.engine.hsic import u_centre
-from cka_probe.engine.kernels import (
-    KERNELS,
-    NonFiniteFeaturesError,
-    batch_block,
-    full_precision,
-    get_kernel,
-)
+from cka_probe.engine.kernels import KERNELS, get_kernel
+from cka_probe.engine.products import full_precision
+from cka_probe.probing.choose import ESTIMATORS
 
 FEATURES = {
     "plain": lambda g: torch.randn(40, 300, generator=g),
@@ -38,17 +35,24 @@ FEATURES = {
 }
 
 
+def pretend(monkeypatch):
+    """The CPU takes the accelerator's path."""
+    for module in (room, sketch):
+        monkeypatch.setattr(module, "on_accelerator", lambda x: True)
+
+
 @pytest.mark.parametrize(
     ("name", "kernel"), [*product(FEATURES, ("linear", "rbf")), ("plain", "own"), ("zero", "own")]
 )
-def test_block_equals_the_cpu_path(name, kernel):
+def test_block_equals_the_cpu_path(name, kernel, monkeypatch):
     x = FEATURES[name](torch.Generator().manual_seed(0))
     chosen = get_kernel((lambda a, b: (a @ b.T).tanh()) if kernel == "own" else kernel)
-    want, eps = batch_block(x, chosen)
-    got = device_block(x, chosen)
-    assert float(got.eps) == eps
+    want = batch_gram(x, chosen)
+    pretend(monkeypatch)
+    got = batch_gram(x, chosen)
+    assert float(got.eps) == float(want.eps)
     assert got.block.dtype == torch.float64
-    want, block = u_centre(want), u_centre(got.block)  # an error of the mean does not count
+    want, block = u_centre(want.block), u_centre(got.block)  # an error of the mean does not count
     scale = float(want.abs().max()) or 1.0
     assert float((block - want).abs().max()) <= 2e-6 * scale
     assert np.isfinite(float(got.largest))
@@ -57,15 +61,16 @@ def test_block_equals_the_cpu_path(name, kernel):
 @pytest.mark.parametrize(
     ("value", "kind"), [("nan", "NaN"), ("inf", "Inf"), ("-inf", "Inf"), ("1e300", None)]
 )
-def test_what_is_not_finite_is_told(value, kind):
+def test_what_is_not_finite_is_named(value, kind, monkeypatch):
+    pretend(monkeypatch)
     x = torch.ones(8, 3, dtype=torch.float64)
     x[2, 1] = float(value)
-    largest = float(device_block(x, KERNELS["linear"]).largest)
+    largest = {"other": torch.tensor(1.0), "key": batch_gram(x, KERNELS["linear"]).largest}
     if kind is None:
-        device.refuse(largest, "key")
+        room.check_all_finite(largest)
         return
     with pytest.raises(NonFiniteFeaturesError, match=kind) as caught:
-        device.refuse(largest, "key")
+        room.check_all_finite(largest)
     assert caught.value.key == "key"
 
 
@@ -84,9 +89,8 @@ def test_non_finite_features_are_named_once_a_batch(accelerated, bad, estimator)
 @pytest.fixture
 def accelerated(monkeypatch):
     """The CPU takes the accelerator's path."""
-    for room in (device, estimators, sketch):
-        monkeypatch.setattr(room, "on_accelerator", lambda x: True)
-    assert exact.Watch is device.Watch
+    pretend(monkeypatch)
+    assert exact.FiniteCheck is room.FiniteCheck
 
 
 @pytest.mark.parametrize("kernel", ["linear", "rbf"])
@@ -96,8 +100,7 @@ def test_a_whole_run_equals_the_cpu_path(monkeypatch, kernel, estimator):
         return
     options = {"kernel": kernel, "estimator": estimator, "images": 20}
     want = call(options)
-    for room in (device, estimators, sketch):
-        monkeypatch.setattr(room, "on_accelerator", lambda x: True)
+    pretend(monkeypatch)
     got = call(options)
     assert np.abs(want.cka - got.cka).max() < 1e-6
     assert np.abs(want.stderr - got.stderr).max() < 1e-6
@@ -126,9 +129,9 @@ def over(self):
 
 def asked_in_the_loop(estimator, layers, scales):
     """How many numbers the loop asks for."""
-    made, asked = estimators.ESTIMATORS[estimator], Questions()
+    made, asked = ESTIMATORS[estimator], Questions()
     with asked, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(made, "result", over)
+        patch.setattr(made, "compute", over)
         with pytest.raises(LoopOver):
             call({"estimator": estimator, "images": 40, "layers": layers, "scales": scales})
     return asked.count
@@ -141,8 +144,7 @@ FEW, MANY = (["stem"], [16]), (["stem", "block", "head"], [8, 16])
 def test_the_loop_asks_nothing_between_layers(estimator, monkeypatch):
     """As many questions with three layers in two views as with one in one: those of a batch."""
     assert asked_in_the_loop(estimator, *FEW) < asked_in_the_loop(estimator, *MANY)  # the CPU
-    for room in (device, estimators, sketch):
-        monkeypatch.setattr(room, "on_accelerator", lambda x: True)
+    pretend(monkeypatch)
     assert asked_in_the_loop(estimator, *FEW) == asked_in_the_loop(estimator, *MANY)
 
 
@@ -152,18 +154,19 @@ def test_no_number_is_asked_of_a_cuda_tensor(kernel, estimator):
     """Fake CUDA tensors have no values: whatever asks for one stops, and so do mixed devices."""
     if (kernel, estimator) == ("rbf", "sketch"):
         return
-    made = estimators.ESTIMATORS[estimator](10, kernel=kernel)
+    made = ESTIMATORS[estimator](10, kernel=kernel)
     with FakeTensorMode(), full_precision(torch.device("cuda")):
         for width in (40, 7000):
             for dtype in (torch.float32, torch.float16, torch.float64):
                 x = torch.empty(64, width, device="cuda", dtype=dtype)
-                made.put((width, dtype), x)
+                made.update((width, dtype), x)
                 if estimator == "minibatch":
                     block = made._open[width, dtype].block
                     assert (block.device.type, block.dtype) == ("cuda", torch.float64)
                 else:
-                    piece = made.piece((width, dtype), x)
-                    assert {part.device.type for part in piece} == {"cuda"}
+                    held = made._open[width, dtype]
+                    parts = held if isinstance(held, tuple) else (held,)
+                    assert {part.device.type for part in parts} == {"cuda"}
 
 
 def test_products_of_cuda_are_not_tf32():
@@ -185,7 +188,7 @@ def test_products_of_cuda_are_not_tf32():
 @pytest.mark.parametrize("estimator", ["minibatch", "exact", "sketch"])
 def test_cuda_asks_nothing_between_layers(estimator, monkeypatch):
     """As `torch.cuda.set_sync_debug_mode` sees it: the loop waits once a batch."""
-    monkeypatch.setattr(estimators.ESTIMATORS[estimator], "result", over)
+    monkeypatch.setattr(ESTIMATORS[estimator], "compute", over)
 
     def waits(layers, batches):
         with warnings.catch_warnings(record=True) as said:
