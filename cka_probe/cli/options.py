@@ -55,26 +55,18 @@ def whole_numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(message) from None
 
 
-def positive(text: str) -> int:
+def positive(
+    text: str, problem: str = "bad value", hint: str = "give a whole number of 1 or more"
+) -> int:
     """The argparse type of a whole number of 1 or more."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"bad value: {text}: give a whole number of 1 or more")
-    return value
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{problem}: {text}: {hint}")
+    return int(text)
 
 
 def side(text: str) -> int:
     """The argparse type of a side in pixels."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"bad size: {text}: a side is at least 1 pixel")
-    return value
+    return positive(text, "bad size", "a side is at least 1 pixel")
 
 
 def seed(text: str) -> int:

@@ -111,7 +111,7 @@ def probe(
     >>> from cka_probe.inputs import glyphs
     >>> from cka_probe.models.glyphnet import glyphnet
     >>> images, _ = glyphs.tensor("test", 64)
-    >>> report = probe(glyphnet.glyphnet(), images, [16, 64], batch_size=16, progress=False)
+    >>> report = probe(glyphnet(), images, [16, 64], batch_size=16, progress=False)
     >>> report.against().shape, report.cka.shape
     ((7, 2), (14, 14))
     """

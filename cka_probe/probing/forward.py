@@ -1,4 +1,4 @@
-"""Forwards: one batch through the networks of all its views, features into the estimator."""
+"""Forwards of one batch through the networks of all views; their features go to the estimator."""
 
 import re
 import warnings
@@ -20,10 +20,14 @@ from cka_probe.inputs.batches import Batch
 
 @dataclass(frozen=True)
 class Seen:
-    """What forwards told of the networks, apart from features.
+    """Facts about the networks that the forwards brought to light, for the report's metadata.
 
-    `tables`: view -> `layer_table`. `macs`: view -> MACs per image. `labels`: view -> tap -> name.
-    `unreached`: modules that no forward reached. `skipped`: output -> why it is no features.
+    Attributes:
+        tables: view -> `layer_table`.
+        macs: view -> MACs per image.
+        labels: view -> tap -> name of the layer.
+        unreached: modules that no forward reached.
+        skipped: output -> the reason why it has no features.
     """
 
     tables: dict[str, dict[str, Any]]
@@ -34,7 +38,7 @@ class Seen:
 
     @staticmethod
     def merge(found: "list[Seen]") -> "Seen":
-        """What several processes saw; those without a batch saw nothing."""
+        """The facts of several processes as one; a process without a batch has none."""
         ran = [one for one in found if one.tables] or found[:1]
         return replace(
             ran[0],
@@ -54,21 +58,22 @@ class Sink(Protocol):
 
 
 class Forwards:
-    """The networks with their hooks in, for the length of a run.
+    """The networks with their hooks attached, for the length of a run.
 
     Args:
         models: view -> network; views may share one.
-        estimator: takes the features, with (view, tap) as the key.
-        stack: what must be undone at the end is put on it.
+        estimator: the estimator, whose keys are (view, tap).
+        stack: the exit stack that removes hooks and moves networks back.
         layers: as in `select_layers`.
         reduce: as in `get_reducer`.
-        device: where the forwards run; None for where each network is.
+        device: the device of the forwards; None for where each network is.
         amp: autocast to bfloat16 for the networks.
-        hint: what to do about a size that a network refuses.
+        hint: the hint of the error about a size that a network refuses.
 
     Attributes:
-        collectors: view -> its collector. tables: view -> `layer_table`, after the first batch.
-        macs: view -> MACs per image.
+        collectors: view -> its collector.
+        tables: view -> `layer_table`, after the first batch.
+        macs: view -> MACs per image, after the first batch.
     """
 
     def __init__(
@@ -85,7 +90,7 @@ class Forwards:
     ) -> None:
         self.models, self.estimator, self.amp = models, estimator, amp
         self.hint = hint
-        self.asked = layers is not None
+        self._layers_named = layers is not None
         self.tables: dict[str, dict[str, Any]] = {}
         self.macs: dict[str, int] = {}
         self.devices: dict[str, torch.device] = {}
@@ -100,7 +105,7 @@ class Forwards:
             self.devices[view] = device_of(model)
 
     def take(self, batch: Batch, bar: Any) -> None:
-        """Every view of one batch through its network; the first batch is the check.
+        """Run every view of one batch through its network; the first batch checks sizes and layers.
 
         The estimator's batch stays open until `close`.
 
@@ -113,10 +118,10 @@ class Forwards:
             bar.set_postfix_str(f"view {view}", refresh=False)
             self._forward(view, x, batch.index, first)
         if first:
-            self._first_look()
+            self._check_reached()
 
     def close(self, index: int) -> None:
-        """End the batch: what it came to is added to what was there.
+        """End the batch: the estimator adds its sums to those of earlier batches.
 
         Raises:
             ValueError: an accelerator found NaN or Inf; the message names layer, view and batch.
@@ -129,7 +134,7 @@ class Forwards:
             raise _not_finite(error, where) from error
 
     def seen(self) -> "Seen":
-        """What the report says of the networks."""
+        """The facts about the networks so far."""
         collectors = self.collectors.values()
         return Seen(
             tables=self.tables,
@@ -154,7 +159,7 @@ class Forwards:
         except Exception as error:
             where = f"view {view!r}, batch {index}"
             if isinstance(error, OSError):
-                raise  # a full disk
+                raise  # a full disk: no fault of the network
             if error is collector.fault:
                 raise _of_tapping(error, where) from error
             raise _of_network(error, collector.model, x, where, self.hint) from error
@@ -162,14 +167,14 @@ class Forwards:
             self.macs[view] = counter.macs() // n
             self.tables[view] = layer_table({view: collector}, {view: unwrap(self.models[view])})
 
-    def _first_look(self) -> None:
-        """After the first batch: say what was never reached."""
+    def _check_reached(self) -> None:
+        """After the first batch: warn of layers that it never reached."""
         never = sorted({path for c in self.collectors.values() for path in c.unreached})
-        if self.asked and never:
+        if self._layers_named and never:
             warnings.warn(f"layers never reached: {', '.join(never)}", UserWarning, stacklevel=5)
         if not any(collector.labels for collector in self.collectors.values()):
             raise ValueError(
-                f"no layer put out features: {', '.join(never) or 'none reached'}: "
+                f"no layer has features: {', '.join(never) or 'none reached'}: "
                 "choose others; `cka-probe layers` lists them"
             )
 
@@ -189,7 +194,7 @@ def move_to(model: nn.Module, target: Any, stack: ExitStack) -> None:
 
 
 def _of_tapping(error: Exception, where: str) -> Exception:
-    """What the reducer, the kernel or the estimator raised, as itself; the layer is in it."""
+    """The error of a reducer, a kernel or the estimator, with the view and the batch."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, NonFiniteFeaturesError):
         cause = cause.__cause__
@@ -202,12 +207,12 @@ def _of_tapping(error: Exception, where: str) -> Exception:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         return kind(f"{text} ({where})")
     return ValueError(
-        f"cannot take features: {one_line(error)}, {where}: mend the reducer or the kernel"
+        f"cannot take features: {one_line(error)}, {where}: correct the reducer or the kernel"
     )
 
 
 def _of_network(error: Exception, model: nn.Module, x: Tensor, where: str, hint: str) -> Exception:
-    """What the network raised, in one line that names the view and, where known, the layer."""
+    """The error of a network in one line, with the view and, where known, the layer."""
     text = " ".join(str(error).split())
     path = failing_module(error, model)
     if isinstance(error, ValueError) and ": " in text and path is None:
@@ -223,6 +228,7 @@ def _of_network(error: Exception, model: nn.Module, x: Tensor, where: str, hint:
             f"images are {images}, the network {network}: {where}{layer}: convert one, x.float() "
             "or model.float()"
         )
+    # torch's message of a convolution: "expected input[2, 1, 8, 8] to have 3 channels, but got 1"
     found = re.search(r"to have (\d+) channels, but got (\d+) channels", text)
     if found:
         return ValueError(
@@ -244,7 +250,7 @@ def _out_of_memory(where: str) -> ValueError:
 def _not_finite(error: Exception, where: str) -> ValueError:
     return ValueError(
         f"non-finite features: {one_line(error)}, {where}: "
-        "mend the network's weights, or its input's normalisation"
+        "check the network's weights and the normalisation of its input"
     )
 
 

@@ -1,4 +1,4 @@
-"""The whole on embedded input: glyphs, probe, suggest, build, train, evaluate."""
+"""The steps of `msun demo` on embedded images: probe, suggest, build, train, evaluate."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _SPEC = {"name": "glyphnet", "model_args": {}, "classes": list(glyphs.CLASSES)}
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo made.
+    """The results of the demo.
 
     Attributes:
         report: CKA of every layer at every scale, enlarged back to 64 px.
         choice: the cut that the default rule suggests, with its reasons.
         evaluation: columns arm, size_px, top1, gmacs and those of `evaluate`, a row per arm and
             size.
-        steps: of training, by arm.
+        steps: training steps, by arm.
         gmacs: forward GMACs of all training images, by arm.
     """
 
@@ -73,20 +73,20 @@ def demo(
 
     Args:
         out: folder for model.pt (the MSUN) and the working files; it exists.
-        steps: of the MSUN's training.
-        images: of the test split that are measured.
-        batch_size: of training.
-        seed: of all of it.
-        say: told what begins, a line at a time.
+        steps: training steps of the MSUN.
+        images: number of test images.
+        batch_size: images per training step.
+        seed: seed of images, order and training.
+        say: a function that takes a line of text as each step begins.
         progress: show progress bars.
 
     Returns:
-        What was found.
+        The results.
     """
     say(f"1 probe: a network trained on characters of 64 px, at {_listed(SCALES)} px")
-    looked_at = glyphs.tensor("train", _PROBED, seed)[0]
-    report = probe(glyphnet(), looked_at, SCALES, resize="restore", seed=seed, progress=progress)
-    cuts = find_cuts(glyphnet(), looked_at[:2])
+    probed = glyphs.tensor("train", _PROBED, seed)[0]
+    report = probe(glyphnet(), probed, SCALES, resize="restore", seed=seed, progress=progress)
+    cuts = find_cuts(glyphnet(), probed[:2])
     choice = suggest_split(report, cuts, costs=subnet_costs(glyphnet(), cuts, SCALES))
     say(f"2 suggest: {choice.headline}. {choice.why}")
     at = choice.layer if choice.layer is not None else "stem"

@@ -167,7 +167,7 @@ def _arms(args: argparse.Namespace, names: list[str]) -> list[str]:
     count = max(1, len(args.checkpoints))
     if len(names) != count or len(set(names)) < count:
         text = f"{', '.join(names)} for {count} networks"
-        raise ValueError(f"networks share a name: {text}: give --arm for each")
+        raise ValueError(f"arm names do not fit the networks: {text}: give --arm for each")
     return names
 
 

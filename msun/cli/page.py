@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a demo: what was asked, found and measured."""
+"""One self-contained HTML page about a demo: text, figures and a table."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def save_page(
     """Write a page that needs nothing but itself, whole or not at all.
 
     Args:
-        path: of the .html file.
-        title: its headline.
+        path: the .html file.
+        title: the headline.
         lead: paragraphs under it.
         pictures: {heading: (PNG file, text for those who cannot see it)}.
-        table: shown as it is; numbers are the caller's to round.
+        table: the table; the caller rounds its numbers.
         notes: small paragraphs at the end.
 
     Raises:

@@ -163,3 +163,14 @@ def test_the_help_of_training_says_the_defaults_of_the_config(capsys):
 def test_the_old_name_of_classes_is_refused_by_name(capsys):
     argv = ["cuts", "--model", "glyphnet", "--new-head", "3"]
     assert "--new-head" in msun_refused(capsys, *argv)
+
+
+def test_lists_of_numbers_may_begin_with_a_dash(place, tmp_path, capsys):
+    argv = words(place, tmp_path / "o", "--quiet", "--mean", "-1,0,1", "--std", "1,1,1")
+    assert main(argv) == 0
+    error = refused(capsys, words(place, tmp_path / "p", scales="-4,8"), tmp_path / "p")
+    assert error.startswith("cka-probe: bad scale: -4: ")
+    assert "bad scale: -4: " in msun_refused(
+        capsys, "build", "--model", "glyphnet", "--at", "stem", "--scales", "-4,8", "--out",
+        tmp_path / "net.pt",
+    )  # fmt: skip

@@ -47,7 +47,7 @@ def broken(x):
         ({"estimator": "exact", "memory": 1000}, ["exact does not fit in memory: "]),
         ({"reduce": "tokens"}, ["reduce 'tokens' needs outputs (n, t, c): ", "layer '1'"]),
         ({"reduce": lambda x: x.sum()}, ["reducer returned a wrong shape: ", "layer '1'"]),
-        ({"reduce": broken}, ["RuntimeError", "first", "second", "layer '1'", "mend the reducer"]),
+        ({"reduce": broken}, ["RuntimeError", "first", "second", "layer '1'", "correct the"]),
         ({"kernel": lambda x: x @ x.T}, ["kernel failed: ", "'<lambda>'", "(p, d), (q, d)"]),
         ({"kernel": lambda x, y: x.sum()}, ["kernel returned no block: ", "gave ()"]),
         ({"kernel": lambda x, y: 3}, ["kernel returned no block: ", "gave int"]),

@@ -35,7 +35,8 @@ def test_options_are_plain_after_validation():
 def test_a_wrapped_network_is_the_same_run(tmp_path, wrap):
     torch.manual_seed(0)
     net, images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.rand(16, 3, 8, 8)
-    options = {"scales": [6, 8], "batch_size": 8, "out": tmp_path, "progress": False}
+    options = {"scales": [6, 8], "batch_size": 8, "layers": ["0"], "out": tmp_path}
+    options["progress"] = False
     report = probe(net, images, **options)
     assert probe(wrap(net), images, resume=True, **options) == report
     wrapped = probe(wrap(net), images, **options)

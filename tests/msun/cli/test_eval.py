@@ -205,8 +205,8 @@ def test_errors_are_one_line(place, tmp_path, capsys):
     assert "no list of whole numbers for --rows: 'a'" in bad("--rows", "a")
     assert "rows do not fit" in bad("--rows", "1,2")
     assert "unknown feed: 'up'" in bad("--feed", "up")
-    assert "arms do not tell" in bad("--arm", "a", "--arm", "b")
-    assert "arms do not tell" in bad(checkpoints=("lean", "lean"))
+    assert "arm names do not fit" in bad("--arm", "a", "--arm", "b")
+    assert "arm names do not fit" in bad(checkpoints=("lean", "lean"))
     assert "no such module: 'x'" in bad("--at", "x")
     assert "calibration for sizes that are not fed" in bad(
         "--feed", "upsampled", "--calibrate", str(place / "train")
