@@ -166,11 +166,10 @@ def probes(found, folder):
     drawn, files = glyphs.tensor("test", 64)[0], photos(folder / "probed")
     reach = {"layers": ["conv1", "bn1", "relu", "layer1*", "fc"]}  # an in-place ReLU among them
     blocks, smooth = {"layers": r"re:blocks\.\d|norm"}, {"antialias": False}
-    disk = {"memory": "3MiB", "out": folder / "spool"}  # too little to keep the features in memory
     for name, images, scales, how, more in (
         ("glyphnet", drawn, [16, 32, 64], "minibatch linear flatten native", {}),
         ("glyphnet", drawn, [16, 64], "exact rbf flatten restore", {"bandwidth": 0.5}),
-        ("glyphnet", drawn, [32, 64], "exact linear flatten native", disk),
+        ("glyphnet", drawn, [32, 64], "exact linear flatten native", {}),
         ("resnet18", drawn, [32, 64], "minibatch rbf grid=2 restore", reach),
         ("resnet18", files, [32, 48], "sketch linear flatten native", reach),
         ("mobilenet_v2", files, [32, 48], "exact linear mean native", {"n_images": 50}),
@@ -183,7 +182,7 @@ def probes(found, folder):
         options = {**dict(zip(names, how.split(), strict=True)), **more, "batch_size": 12}
         options |= {"sketch_size": 64} if options["estimator"] == "sketch" else {}
         report = cka_probe.probe(network(name), images, scales, seed=1, progress=False, **options)
-        group = f"probe {name} {how}{' from disk' * (more is disk)}"
+        group = "probe "
         keep_report(found, group, report, folder)
     views = {"trained": glyphnet(), "random": seeded(glyphnet, trained=False)}
     options = {"estimator": "exact", "kernel": "linear", "reduce": "flatten", "batch_size": 16}

@@ -8,7 +8,7 @@ from torch import nn
 from cka_probe.activations.layers import unwrap
 from cka_probe.activations.macs import model_sha256
 from cka_probe.engine.estimator import Result
-from cka_probe.engine.kernels import get_kernel
+from cka_probe.engine.kernels import KERNELS, get_kernel
 from cka_probe.engine.projection import BLOCKS
 from cka_probe.inputs.batches import Source
 from cka_probe.inputs.views import Transform
@@ -89,5 +89,8 @@ def _kernel_name(given: Any) -> str:
     if callable(given):
         return str(described(given))
     kernel = get_kernel(given)
-    ours = kernel.base.__module__ == get_kernel.__module__
-    return kernel.name if ours else f"{kernel.name} ({described(kernel.base)})"
+    return (
+        kernel.name
+        if KERNELS.get(kernel.name) is kernel
+        else f"{kernel.name} ({described(kernel.base)})"
+    )

@@ -19,7 +19,6 @@ SAME = {
     "exact": {"estimator": "exact"},
     "workers": {"workers": 1},
     "exact-rbf": {"estimator": "exact", "kernel": "rbf"},
-    "spooled": {"estimator": "exact", "memory": 2_200_000, "layers": ["stem"], "images": 100},
     "sketch": {"estimator": "sketch", "sketch_size": 64},
     "three-batches": {"batch_size": 16},
     "three-batches-exact": {"batch_size": 16, "estimator": "exact"},
@@ -28,7 +27,7 @@ SAME = {
     "bad-images-sketch": {"images": "FOLDER", "skip_bad": True, "estimator": "sketch"},
 }
 PAIRS = [(name, 2) for name in SAME]
-TWO = ("rbf-early", "exact-rbf", "auto", "spooled", "workers")  # two processes are enough
+TWO = ("rbf-early", "exact-rbf", "auto", "workers")  # two processes are enough
 PAIRS += [(name, 4) for name in SAME if name not in TWO]
 DEATHS = {
     "dies-in-a-batch": {"faults": [[1, "kill", 5, 0]]},
@@ -105,7 +104,11 @@ def test_several_processes_equal_one(done, alone, cases, name, size):
         np.testing.assert_allclose(got.stderr, want.stderr, rtol=0, atol=limit)
         for meta in (want.meta, got.meta):
             meta["versions"].pop("timm", None)  # named where it was imported, as here by others
-        differ = {k for k in want.meta if want.meta[k] != got.meta[k]}
+        if "sketch" in want.meta:  # sums of another order, in float32
+            errors = (np.array(meta.pop("sketch")["stderr"], float) for meta in (
+                {**want.meta}, got.meta))  # fmt: skip
+            np.testing.assert_allclose(*errors, rtol=0, atol=1e-4)
+        differ = {k for k in want.meta if want.meta[k] != got.meta.get(k, want.meta[k])}
         assert differ <= {"seconds", "processes", "estimator_why"}
         assert got.meta["processes"] == size
 
@@ -130,17 +133,12 @@ def test_a_process_that_dies_ends_the_others(done, name):
         assert text.count(": ") >= 3, text
 
 
-def test_what_a_dead_process_was_is_named(done):
-    folder, _, _ = done["dies-in-a-batch"]
-    assert "rank 1 of 3" in (folder / "0.txt").read_text()
-
-
 def test_an_error_of_one_ends_the_others_which_leave_it_to_speak(done):
     folder, statuses, seconds = done["fails"]
     assert statuses == [1, 1, 1]
     assert "bad luck" in (folder / "1.txt").read_text()
     for rank in (0, 2):
-        assert "LostRankError: another process failed" in (folder / f"{rank}.txt").read_text()
+        assert "LostRankError: another process was lost" in (folder / f"{rank}.txt").read_text()
     assert seconds < 40
 
 

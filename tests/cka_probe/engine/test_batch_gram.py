@@ -81,7 +81,7 @@ def test_non_finite_features_are_named_once_a_batch(accelerated, bad, estimator)
     data[torch.randperm(12, generator=torch.Generator().manual_seed(0))[5]] = bad
     options = {"kernel": "rbf"} if estimator == "rbf" else {"estimator": estimator}
     with pytest.raises(
-        ValueError, match=r"non-finite features: .*layer 'stem', view '16', batch 1: mend"
+        ValueError, match=r"non-finite features: .*layer 'stem', view '16', batch 1: check"
     ):
         call({**options, "images": data, "scales": [16]})
 

@@ -1,3 +1,4 @@
+import json
 from itertools import pairwise
 
 import numpy as np
@@ -8,6 +9,7 @@ from scipy import stats
 
 from cka_probe.engine.exact import Exact
 from cka_probe.engine.minibatch import Minibatch
+from cka_probe.engine.sketch import Sketch
 
 
 def features(n, m=3, d=8, seed=0):
@@ -218,3 +220,103 @@ def test_the_bandwidth_is_that_of_256_images_within_their_batches():
     parts = [y[:100], y[100:200], y[200:256]]
     d = np.concatenate([np.asarray(torch.pdist(part.double())) for part in parts])
     assert whole.sigma["y"] == pytest.approx(np.median(d), rel=1e-6)
+
+
+# --- the protocol: what saving, resuming and several processes use
+
+KINDS = {
+    "minibatch": lambda: Minibatch(8),
+    "minibatch-rbf": lambda: Minibatch(8, kernel="rbf"),
+    "minibatch-rbf-early": lambda: Minibatch(8, kernel="rbf"),
+    "exact": Exact,
+    "exact-rbf": lambda: Exact(kernel="rbf"),
+    "exact-known-size": lambda: Exact(n_images=110),
+    "sketch": lambda: Sketch(size=32),
+}
+UNEVEN = [0, 12, 20, 34, 50, 58, 74, 90, 110]
+
+
+def drawn(kind):
+    """Features and bounds of 8 uneven batches, "early" with 256 images before the last ones."""
+    scale = 4 if kind.endswith("early") else 1
+    bounds = [scale * b for b in UNEVEN]
+    x = [f.float() for f in features(bounds[-1], d=200)]
+    return [*x, torch.ones(bounds[-1], 7)], bounds  # and a constant entry
+
+
+def through_a_file(estimator, fresh, folder):
+    """`fresh`, with what an .npz without pickle kept of the state of `estimator`."""
+    state = estimator.state_dict()
+    arrays = {k: v for k, v in state.items() if isinstance(v, np.ndarray)}
+    np.savez(folder / "state.npz", **arrays, allow_pickle=False)
+    plain = json.loads(json.dumps({k: v for k, v in state.items() if k not in arrays}))
+    with np.load(folder / "state.npz", allow_pickle=False) as file:
+        fresh.load_state_dict({**plain, **{k: file[k] for k in arrays}})
+    return fresh
+
+
+def assert_equal_results(got, want, atol=1e-12):
+    assert got.keys == want.keys
+    np.testing.assert_allclose(got.cka, want.cka, rtol=0, atol=atol)
+    np.testing.assert_allclose(got.stderr, want.stderr, rtol=0, atol=atol)
+    assert got.groups == want.groups
+    assert got.constant.tolist() == want.constant.tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "shares", [((0, 2, 5), (1, 3, 4, 6, 7)), ((7,), (), (0, 1, 2, 3, 4, 5, 6))]
+)
+def test_merged_shards_are_the_whole(kind, shares, tmp_path):
+    """Shards as processes have them: of other batches, sent as a state, merged by rank 0."""
+    x, bounds = drawn(kind)
+    want = fill(KINDS[kind](), x, bounds).compute()
+    whole = KINDS[kind]()
+    for share in shares:
+        shard = fill(whole.new_shard(), x, bounds, share)
+        if share:
+            whole.merge(through_a_file(shard, whole.new_shard(), tmp_path))
+    # a sketch is shifted to another origin in float32; all else is the same sums
+    assert_equal_results(whole.compute(), want, 1e-6 if kind == "sketch" else 1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("done", [1, 5])
+def test_a_state_goes_on_as_if_it_had_never_ended(kind, done, tmp_path):
+    x, bounds = drawn(kind)
+    want = fill(KINDS[kind](), x, bounds).compute()
+    first = fill(KINDS[kind](), x, bounds, range(done))
+    again = fill(through_a_file(first, KINDS[kind](), tmp_path), x, bounds, range(done, 8))
+    assert_equal_results(again.compute(), want, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_state_keeps_the_dtype_of_the_features(dtype, tmp_path):
+    x, bounds = [f.to(dtype) for f in features(40)], [0, 20, 40]
+    first = fill(Exact(), x, bounds, [0])
+    again = fill(through_a_file(first, Exact(), tmp_path), x, bounds, [1])
+    assert {rows.parts[0][1].dtype for rows in again.rows.values()} == {dtype}
+    assert_equal_results(again.compute(), fill(Exact(), x, bounds).compute(), 0.0)
+
+
+def test_the_bandwidth_of_shards_is_that_of_the_first_256_images():
+    """Whoever had them, and in whatever order the shards come."""
+    x, bounds = drawn("minibatch-rbf-early")
+    whole = fill(Minibatch(8, kernel="rbf"), x, bounds)
+    merged = Minibatch(8, kernel="rbf")
+    assert not merged.ready
+    for share in ((1, 4), (0, 3), (2, 5), (6, 7)):
+        merged.merge(fill(merged.new_shard(), x, bounds, share))
+    assert merged.ready
+    assert merged.new_shard().sigma == merged.sigma
+    assert merged.sigma == pytest.approx(whole.sigma, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["minibatch", "exact", "sketch"])
+def test_shards_with_other_entries_are_refused(kind):
+    x, bounds = drawn(kind)
+    one, two = KINDS[kind](), KINDS[kind]()
+    fill(one, x, bounds, [0])
+    fill(two, x[:2], bounds, [1])
+    with pytest.raises(ValueError, match="entries"):
+        one.merge(two)

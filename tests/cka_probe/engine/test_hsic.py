@@ -3,8 +3,8 @@ import oracle
 import pytest
 import torch
 
+from cka_probe import cka_loss
 from cka_probe.engine.hsic import (
-    cka_loss,
     hsic_from_sums,
     hsic_pairs,
     jackknife,

@@ -28,9 +28,8 @@ def features():
 class Counted(FeatureBlocks):
     """Remembers what was asked for."""
 
-    def __init__(self, kernel, whole_rows=False):
+    def __init__(self, kernel):
         super().__init__(features(), kernel)
-        self.whole_rows = whole_rows
         self.asked = Counter()
         self.widest = 0
 
@@ -43,7 +42,7 @@ class Counted(FeatureBlocks):
 
 
 def summed(kernel, **options):
-    source = Counted(get_kernel(kernel), options.pop("whole_rows", False))
+    source = Counted(get_kernel(kernel))
     return TiledSums(source, source.kernel, groups=GROUPS, **options)
 
 
@@ -101,10 +100,3 @@ def test_every_block_of_the_upper_half_is_made_once(monkeypatch):
         upper = {(i, r, c) for i in range(3) for r in range(N) for c in range(N)
                  if group[c] >= group[r]}  # fmt: skip
         assert set(source.asked) == upper
-
-
-def test_a_source_that_reads_whole_rows_is_asked_for_them_whole(monkeypatch):
-    monkeypatch.setattr(tiles, "_CACHE_BYTES", 1)
-    source = summed("linear", whole_rows=True).source
-    assert source.widest == N
-    assert summed("linear").source.widest < 15

@@ -1,11 +1,14 @@
 """SIGKILL at any moment: the run is resumed to what it would have been, and says from where."""
 
+import errno
+import json
 import shutil
 
 import numpy as np
 import pytest
 from processes import call, damaged_folder, run_jobs
 
+from cka_probe.io import load_npz, save_npz
 from cka_probe.probing import state
 
 # A run has 10 batches, 20 forwards, 9 saves. (what, count): before the count-th, or after the
@@ -15,10 +18,9 @@ MOMENTS = [
     *(("forward", count) for count in (-2, -9, -14, -20)),
     ("save", 2), ("save", -5), ("write", 9), ("bytes", 4), ("bytes", -6), ("sync", 7), ("sync", -8),
 ]  # fmt: skip
-FEWER = [("forward", 6), ("forward", -20), ("rows", 3), ("rows", -4), ("sync", 9), ("sync", 12),
+FEWER = [("forward", 6), ("forward", -20), ("save", 3), ("save", -4), ("sync", 7), ("sync", -8),
          ("bytes", -7)]  # fmt: skip
 RBF = [("forward", 15), ("forward", -20)]  # before and after its bandwidth is known
-FULL = shutil._ntuple_diskusage(9, 9, 9)
 KINDS = {
     "minibatch": ({}, MOMENTS),
     "rbf": ({"kernel": "rbf", "images": 320, "batch_size": 32}, RBF),
@@ -95,30 +97,40 @@ def test_a_killed_run_is_resumed_to_the_same(killed, options, whole, kind, what,
 
 @pytest.fixture
 def left(killed, options, tmp_path):
-    """A state of `sketch`, which has both files, and the options of its run."""
+    """A state of `sketch`, and the options of its run."""
     shutil.copytree(killed["sketch", "forward", -20], tmp_path / "out")
     return tmp_path / "out", {**options["sketch"], "out": tmp_path / "out", "resume": True}
 
 
-@pytest.mark.parametrize("name", ["state.npz", "state.rows"])
-@pytest.mark.parametrize("how", ["cut", "empty", "one bit", "gone", "other content"])
-def test_a_damaged_file_is_named(left, name, how):
+@pytest.mark.parametrize("how", ["cut", "empty", "one bit", "other content"])
+def test_a_damaged_file_is_named(left, how):
     out, options = left
-    path = out / name
+    path = out / "state.npz"
     raw = path.read_bytes()
-    if how == "gone":
-        path.unlink()
-        if name == "state.npz":
-            assert call(options).meta["resumed_from_batch"] == 0
-            return
-    else:
-        flipped = bytearray(raw)
-        flipped[len(raw) // 2] ^= 4
-        path.write_bytes({"cut": raw[:-50], "empty": b"", "one bit": bytes(flipped),
-                          "other content": b"hello" * 100}[how])  # fmt: skip
-    with pytest.raises(ValueError, match=f"saved state.*{name}: run without --resume") as caught:
+    flipped = bytearray(raw)
+    flipped[len(raw) // 2] ^= 4
+    path.write_bytes({"cut": raw[:-50], "empty": b"", "one bit": bytes(flipped),
+                      "other content": b"hello" * 100}[how])  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"saved state.*state\.npz: run without --resume"
+    ) as caught:
         call(options)
     assert "\n" not in str(caught.value)
+
+
+def test_without_a_state_the_run_starts_anew(left):
+    out, options = left
+    (out / "state.npz").unlink()
+    assert call(options).meta["resumed_from_batch"] == 0
+
+
+def test_a_state_of_an_earlier_version_is_refused_in_one_line(left):
+    out, options = left
+    arrays, meta = load_npz(out / "state.npz", (), version=3)
+    old = {key: meta[key] for key in ("keys", "run", "next_batch", "bad")}
+    save_npz(out / "state.npz", arrays, old, version=2)
+    with pytest.raises(ValueError, match=r"^saved state of an earlier version: .*: run without"):
+        call(options)
 
 
 def test_a_report_is_no_state(left):
@@ -182,20 +194,56 @@ def test_auto_takes_what_the_state_was_made_by(killed, tmp_path):
     assert report.meta["resumed_from_batch"] == 8
 
 
-def test_rows_that_would_fill_the_disk_are_not_saved(tmp_path, monkeypatch):
+@pytest.mark.parametrize("estimator", ["minibatch", "exact"])
+def test_a_full_disk_ends_the_saving_and_not_the_run(tmp_path, monkeypatch, estimator):
+    whole = np.savez_compressed
+
+    def full(file, **arrays):
+        if "run" in json.loads(str(arrays["meta"])) and "arrays" in json.loads(str(arrays["meta"])):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(file, **arrays)
+
     monkeypatch.setenv("CKA_PROBE_SAVE_EVERY_S", "0")
-    monkeypatch.setattr(state.shutil, "disk_usage", lambda folder: FULL)
-    with pytest.warns(UserWarning, match="no state is saved: .*the run cannot be resumed"):
-        report = call({"estimator": "exact"}, out=tmp_path)
+    monkeypatch.setattr(state, "_SHARE", 0)
+    monkeypatch.setattr(np, "savez_compressed", full)
+    with pytest.warns(UserWarning, match="no state is saved: the disk is full"):
+        report = call({"estimator": estimator}, out=tmp_path)
     assert report.meta["n_images"] == 42
     assert [path.name for path in tmp_path.iterdir()] == ["report.npz"]
+
+
+@pytest.mark.parametrize("value", ["abc", "-1", "nan"])
+def test_a_bad_saving_interval_is_refused_when_it_is_used(monkeypatch, value):
+    monkeypatch.setenv("CKA_PROBE_SAVE_EVERY_S", value)
+    with pytest.raises(ValueError, match=rf"^bad CKA_PROBE_SAVE_EVERY_S: '{value}': set it to"):
+        call({})
+
+
+def test_saving_takes_a_20th_of_the_time(tmp_path, monkeypatch):
+    """A state that takes long to write is written seldom; the first by an assumed rate."""
+    monkeypatch.setenv("CKA_PROBE_SAVE_EVERY_S", "0")
+    now = [100.0]
+    monkeypatch.setattr(state.time, "perf_counter", lambda: now[0])
+    saver = state.Saver(tmp_path, {})
+    large = type("Large", (), {"keys": ["k"], "state_dict": lambda self: {
+        "keys": [("v", ("p", "", 0))], "rows 0": np.zeros((1000, 50))}})()  # fmt: skip
+    monkeypatch.setattr(state, "_RATE", 400_000.0)  # so that it takes a second
+    assert saver.due()
+    saver.save(large, 1, [])
+    assert not list(tmp_path.iterdir())  # 0 s have gone, 20 are needed
+    now[0] += 19
+    assert not saver.due()
+    now[0] += 2
+    assert saver.due()
+    saver.save(large, 1, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["state.npz"]
 
 
 def test_an_interruption_within_a_sum_saves_no_half_batch(tmp_path, monkeypatch):
     """Ctrl-C while a batch is being added: what was saved before it stands."""
     from cka_probe.engine.minibatch import Minibatch
 
-    whole, calls = Minibatch.close_batch, [0]
+    whole, calls = Minibatch.end_batch, [0]
 
     def interrupted(self, index):
         whole(self, index)

@@ -63,7 +63,7 @@ def by_hand(images, sides, batch, seed=0):
             with torch.no_grad():
                 stem = net.stem(x)
                 block = F.relu(net.block[0](F.relu(stem)))
-                head = net.subnet(block.mean((2, 3)))
+                head = net.head(block.mean((2, 3)))
             for layer, value in zip(LAYERS, (stem, block, head), strict=True):
                 rows = found.setdefault((str(side), layer), [])
                 rows.append(value.flatten(1).double().numpy())
