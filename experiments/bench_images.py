@@ -22,9 +22,9 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from cka_probe.inputs.batches import batches, open_images
+from cka_probe.inputs.batches import iterate_batches, open_images
 from cka_probe.inputs.views import scale_transforms
-from cka_probe.models.load import IMAGENET
+from cka_probe.models.preprocessing import IMAGENET
 
 RESULTS = Path(__file__).resolve().parent / "results" / "bench_images.csv"
 SIZES = [32, 48, 64, 96, 128, 160, 192, 224]
@@ -53,7 +53,7 @@ def decode(folder: Path) -> None:
 def read(folder: Path, sizes: list[int], workers: int = 0) -> None:
     norm = {"mean": IMAGENET["mean"], "std": IMAGENET["std"]}
     views = scale_transforms(sizes, reference=max(sizes), resize="native", antialias=True, **norm)
-    for _ in batches(open_images(folder), views, batch_size=32, seed=0, workers=workers):
+    for _ in iterate_batches(open_images(folder), views, batch_size=32, seed=0, workers=workers):
         pass
 
 

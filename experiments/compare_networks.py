@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 
 from cka_probe import Report, probe
 from cka_probe.cli.main import main as cka_probe
-from cka_probe.inputs.batches import batches, open_images
+from cka_probe.inputs.batches import iterate_batches, open_images
 from cka_probe.models.load import load_model
 from cka_probe.plot import figures as plots
 
@@ -91,7 +91,7 @@ def top1(models: Mapping[str, nn.Module], images: Path) -> pd.DataFrame:
     classes = sorted({Path(name).parts[0] for name in source.ids})
     first = next(iter(models))
     right = {(name, "sharp"): 0 for name in models} | {(first, view): 0 for view in TRANSFORMS}
-    for batch in batches(source, TRANSFORMS, batch_size=100, seed=0):
+    for batch in iterate_batches(source, TRANSFORMS, batch_size=100, seed=0):
         truth = torch.tensor([classes.index(Path(name).parts[0]) for name in batch.ids])
         for name, view in right:
             right[name, view] += int((models[name](batch.views[view]).argmax(1) == truth).sum())

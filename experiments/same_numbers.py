@@ -39,7 +39,7 @@ import msun
 
 try:
     from cka_probe.inputs import glyphs
-    from cka_probe.models.glyphnet import glyphnet
+    from cka_probe.models.embedded import glyphnet
 except ImportError:  # before the modules moved into sub-packages
     from cka_probe.glyphnet import glyphnet
 
@@ -182,7 +182,7 @@ def probes(found, folder):
         options = {**dict(zip(names, how.split(), strict=True)), **more, "batch_size": 12}
         options |= {"sketch_size": 64} if options["estimator"] == "sketch" else {}
         report = cka_probe.probe(network(name), images, scales, seed=1, progress=False, **options)
-        group = "probe "
+        group = f"probe {name} {how}"
         keep_report(found, group, report, folder)
     views = {"trained": glyphnet(), "random": seeded(glyphnet, trained=False)}
     options = {"estimator": "exact", "kernel": "linear", "reduce": "flatten", "batch_size": 16}
@@ -199,7 +199,7 @@ def splits(found, folder):
         model = network(name)
         cuts = msun.find_cuts(model, images[:2].clone())
         report = cka_probe.probe(model, images, scales, layers=[c.name for c in cuts], **options)
-        for rule in ("affordable", "recovery", "threshold", "largest_recovery"):
+        for rule in ("affordable", "recovery", "largest_recovery"):
             choice, group = msun.suggest_split(report, cuts, rule=rule), f"split {name} {rule}"
             found[f"{group}: choice"] = words([choice.layer, choice.runner_up, choice.clear])
             found[f"{group}: order"] = words(choice.ranking["layer"])

@@ -24,7 +24,7 @@ from scipy.stats import t
 from cka_probe.engine.exact import Exact
 from cka_probe.engine.minibatch import Minibatch
 from cka_probe.engine.sketch import Sketch
-from cka_probe.inputs.batches import batches, open_images, plan
+from cka_probe.inputs.batches import iterate_batches, open_images, plan
 from cka_probe.inputs.views import scale_transforms
 from cka_probe.models.load import load_model
 from cka_probe.probing.forward import Forwards
@@ -70,7 +70,7 @@ def feed(model, source, sides, norm, batch_size, estimators):
     with ExitStack() as stack:
         work = Forwards(dict.fromkeys(views, model), Fan(estimators), stack)
         bar = stack.enter_context(progress_bar(len(source), desc="probe", unit="image"))
-        for batch in batches(source, views, batch_size=batch_size, seed=0):
+        for batch in iterate_batches(source, views, batch_size=batch_size, seed=0):
             work.take(batch, bar)
             work.close(batch.index)
     return {name: estimator.compute() for name, estimator in estimators.items()}

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cka_probe.inputs import glyphs
-from cka_probe.models.glyphnet import WEIGHTS, GlyphNet, glyphnet
+from cka_probe.models.embedded import WEIGHTS, GlyphNet, glyphnet
 
 HERE = Path(__file__).resolve().parent
 SIDES = (8, 12, 16, 24, 32, 48, 64)

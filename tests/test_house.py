@@ -16,7 +16,8 @@ FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob(
 # reverse. The `__init__` of a package reaches every room lazily and stands outside the table.
 MAY_IMPORT = {
     "cka_probe": {
-        "errors": "", "intervals": "", "io": "", "progress": "", "rng": "", "distributed": "",
+        "errors": "", "intervals": "", "io": "", "progress": "", "provenance": "", "rng": "",
+        "distributed": "",
         "engine": "rng",
         "activations": "errors rng",
         "inputs": "errors io progress rng",
@@ -25,11 +26,11 @@ MAY_IMPORT = {
         "functional": "engine progress report",
         "summary": "report",
         "probing": "activations distributed engine errors functional inputs io models progress "
-        "report rng summary",
+        "provenance report rng summary",
         "plot": "io report summary",
         "html": "io plot report summary",
-        "cli": "activations distributed engine errors html inputs io models plot probing report "
-        "rng summary",
+        "cli": "activations distributed engine errors html inputs io models plot probing "
+        "provenance report rng summary",
         "__main__": "cli",
     },
     "msun": {

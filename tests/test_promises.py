@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import cka_probe
 from cka_probe.inputs import glyphs
-from cka_probe.models.glyphnet import WEIGHTS, glyphnet
+from cka_probe.models.embedded import WEIGHTS, glyphnet
 from cka_probe.probing.choose import AUTO, ESTIMATORS
 
 ROOT = Path(__file__).resolve().parent.parent

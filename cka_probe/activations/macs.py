@@ -1,45 +1,15 @@
-"""What a report must say to be repeated: fingerprints, versions, sizes and costs of the layers."""
+"""MACs of a network, and the table of its layers: parameters, output shapes."""
 
-import hashlib
-import platform
-import sys
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from cka_probe.activations.hooks import Collector, Tap
 from cka_probe.activations.reduce import layout
-
-
-def model_sha256(model: nn.Module) -> str:
-    """SHA-256 of the structure (its printed form), every parameter and every buffer."""
-    digest = hashlib.sha256(repr(model).encode())
-    for name, value in sorted({**dict(model.named_buffers()), **model.state_dict()}.items()):
-        if not isinstance(value, Tensor):
-            digest.update(f"{name}={value!r}".encode())
-            continue
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Versions that the numbers may depend on."""
-    try:
-        own = version("cka-probe")
-    except PackageNotFoundError:
-        own = "source"
-    found = {"cka_probe": own, "torch": torch.__version__, "python": platform.python_version()}
-    for name in ("torchvision", "pillow", "numpy", *(["timm"] if "timm" in sys.modules else [])):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 class MacCounter(TorchDispatchMode):

@@ -42,7 +42,7 @@ def execute(args: argparse.Namespace, ranks: Ranks) -> None:
         ranks: the processes that share the run.
     """
     from cka_probe.inputs.source import FEW, MIN_IMAGES
-    from cka_probe.models.glyphnet import glyphnet
+    from cka_probe.models.embedded import glyphnet
     from cka_probe.probing.api import probe
     from cka_probe.summary import describe
 
@@ -60,7 +60,7 @@ def execute(args: argparse.Namespace, ranks: Ranks) -> None:
         report = probe(glyphnet(), images, SIDES_PX, seed=args.seed, ranks=ranks)
         if not ranks.first:
             return
-        about = {"name": "cka_probe.models.glyphnet", "weights": "the package's own"}
+        about = {"name": "cka_probe.models.embedded", "weights": "the package's own"}
         report = dataclasses.replace(report, meta={**report.meta, "model": about})
         write_report(report, folder, ("heatmap", "curve"))
     print_comparison(report)

@@ -110,7 +110,7 @@ def execute(args: argparse.Namespace, ranks: Ranks) -> None:
         args: the parsed command line.
         ranks: the processes that share the run.
     """
-    from cka_probe.inputs.scales import parse_scales
+    from cka_probe.inputs.views import parse_scales
     from cka_probe.probing.options import ProbeOptions
     from cka_probe.probing.run import Run
     from cka_probe.summary import describe

@@ -1,4 +1,4 @@
-"""Images in, paired batches out: every view of an image stands in the same batch, at the same row.
+"""Paired batches: every view of an image is in the same batch, at the same row.
 
 Order, subset and random transforms depend on the seed alone, never on workers, and the global
 random state is left as it was.
@@ -18,10 +18,18 @@ from torch.utils.data import DataLoader, Dataset
 from cka_probe.errors import one_line
 from cka_probe.inputs.decode import ImageError
 from cka_probe.inputs.source import FEW, MIN_IMAGES, Source, open_images, order
-from cka_probe.inputs.views import Transform, look, stack
+from cka_probe.inputs.views import Transform, apply_view, stack
 from cka_probe.io import digest
 
-__all__ = ["MIN_IMAGES", "Batch", "ImageError", "Source", "batches", "digest", "from_workers"]
+__all__ = [
+    "MIN_IMAGES",
+    "Batch",
+    "ImageError",
+    "Source",
+    "digest",
+    "from_workers",
+    "iterate_batches",
+]
 __all__ += ["open_images", "order", "plan"]
 
 
@@ -29,14 +37,14 @@ def plan(n: int, batch_size: int) -> list[slice]:
     """Cut n images into batches; a tail of fewer than 4 joins the batch before it.
 
     Args:
-        n: How many images.
-        batch_size: Images a batch.
+        n: number of images.
+        batch_size: images per batch.
 
     Returns:
         One slice of the order per batch, each of 4 images or more.
 
     Raises:
-        ValueError: Fewer than 4 images, or batches of fewer than 4.
+        ValueError: fewer than 4 images, or batches of fewer than 4.
     """
     for what, count in (("too few images", n), ("batch_size is too small", batch_size)):
         if count < MIN_IMAGES:
@@ -51,15 +59,15 @@ def plan(n: int, batch_size: int) -> list[slice]:
 class Batch:
     """All views of the same images, row by row.
 
-    Where `skip_bad` leaves fewer than 4 readable images, `views` and `ids` are empty and the
-    readable ones are named in `left_out`: moving them would change the batches that follow.
+    If `skip_bad` leaves fewer than 4 readable images, `views` and `ids` are empty and the readable
+    ones are named in `left_out`: moving them would change the batches that follow.
 
     Attributes:
-        index: Place in the plan; batch k holds `order[plan[k]]`.
-        ids: The images, b of them.
+        index: index in the plan; batch k holds `order[plan[k]]`.
+        ids: names of the images, b of them.
         views: {view name: (b, c, h, w)}.
-        bad: Images that could not be read.
-        left_out: Images that could be read, in a batch that was dropped.
+        bad: images that could not be read.
+        left_out: readable images of a batch that was dropped.
     """
 
     index: int
@@ -80,8 +88,8 @@ class _Batches(Dataset[Any]):
     rows: list[list[int]]
 
     def build(self, k: int) -> Batch:
-        """Decode each image once, look at it through every view, stack."""
-        looks: dict[str, list[Tensor]] = {view: [] for view in self.transforms}
+        """Decode each image once, apply every view to it, stack."""
+        views: dict[str, list[Tensor]] = {view: [] for view in self.transforms}
         ids, bad = list[str](), list[str]()
         for i in self.rows[k]:
             label = self.source.ids[i]
@@ -94,10 +102,10 @@ class _Batches(Dataset[Any]):
                 continue
             ids.append(label)
             for view, transform in self.transforms.items():
-                looks[view].append(look(transform, image, self.seed, label, view))
+                views[view].append(apply_view(transform, image, self.seed, label, view))
         if len(ids) < MIN_IMAGES:
             return Batch(k, [], {}, bad, ids)
-        return Batch(k, ids, {view: stack(view, looks[view], ids) for view in looks}, bad)
+        return Batch(k, ids, {view: stack(view, views[view], ids) for view in views}, bad)
 
     def __getitem__(self, k: int) -> Batch | Exception:
         """In a worker: our errors travel as values, without a traceback in their message."""
@@ -108,7 +116,7 @@ class _Batches(Dataset[Any]):
             return next(kind for kind in kinds if isinstance(error, kind))(str(error))
 
 
-def batches(
+def iterate_batches(
     source: Source,
     transforms: Mapping[str, Transform],
     *,
@@ -123,24 +131,24 @@ def batches(
     """Yield batches start, start + step, ... of the plan; the same values whatever `workers` is.
 
     Args:
-        source: From `open_images`.
+        source: the images, from `open_images`.
         transforms: {view name: transform}, from `scale_transforms` or `view_transforms`.
-        batch_size: Images a batch, 4 or more.
-        seed: Of the order, and of random transforms: they draw from (seed, image, view).
-        workers: Processes that decode; 0 decodes here.
-        skip_bad: Leave out images that cannot be read, and name them, instead of stopping.
-        start: First batch; rank r of N takes start=r, step=N.
-        stop: The batch to stop before; None goes to the end.
-        step: Distance between batches.
+        batch_size: images per batch, 4 or more.
+        seed: seed of the order, and of random transforms: they draw from (seed, image, view).
+        workers: number of processes that decode; 0 decodes in this one.
+        skip_bad: whether to leave out images that cannot be read, instead of stopping.
+        start: first batch; rank r of N takes start=r, step=N.
+        stop: the batch to stop before; None goes to the end.
+        step: distance between batches.
 
     Returns:
-        A generator of `Batch`; where you leave early, close it: that ends the workers.
+        A generator of `Batch`; close it if you leave early, which ends the workers.
 
     Raises:
-        ImageError: An image cannot be read and `skip_bad` is off.
-        RuntimeError: Workers died, or the transforms cannot be sent to them.
-        TypeError: A transform returned no tensor.
-        ValueError: Too few images, bad numbers, or images of different sizes in one view.
+        ImageError: an image cannot be read and `skip_bad` is off.
+        RuntimeError: workers died, or the transforms cannot be sent to them.
+        TypeError: a transform returned no tensor.
+        ValueError: too few images, bad numbers, or images of different sizes in one view.
     """
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
         raise ValueError(f"bad number of workers: {workers!r}: give 0 or more")
@@ -152,7 +160,7 @@ def batches(
 
 
 def from_workers(work: Dataset[Any], chosen: range, workers: int) -> Generator[Any, None, None]:
-    """work[k] for each k chosen, in that order, made in other processes; errors come as values."""
+    """work[k] for each chosen k, in that order, from other processes; errors come as values."""
     processes: Any = None
     try:
         with warnings.catch_warnings():  # fork beside threads, more workers than cores: as asked

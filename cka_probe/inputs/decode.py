@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from cka_probe.errors import one_line
 
-__all__ = ["SKIP", "ImageError", "decode", "fetch", "float_images", "from_item", "from_pil"]
+__all__ = ["SKIP", "ImageError", "decode_image", "fetch", "float_images", "from_item", "from_pil"]
 __all__ += ["image_files", "read_item"]
 
 _EXTENSIONS = frozenset(
@@ -27,16 +27,6 @@ _INTEGER = "convert them, x.float() / 255, and give mean= and std= if the networ
 _WANTED = (
     "return a PIL image, a uint8 (h, w, 3) array or a float (c, h, w) tensor, first in a tuple"
 )
-_ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class ImageError(ValueError):
@@ -52,11 +42,11 @@ def _quiet_pil() -> Iterator[None]:
 
 
 def _unreadable(label: str, error: BaseException) -> ImageError:
-    """The error that names the image, the reason and the way out.
+    """The error that names the image, the reason and a hint.
 
     Args:
-        label: How messages name the image: a relative path or an index.
-        error: What reading it raised.
+        label: the image's name in messages: a relative path or an index.
+        error: the exception that reading it raised.
 
     Returns:
         The error to raise.
@@ -79,17 +69,16 @@ def _reading(label: str) -> Iterator[None]:
 def image_files(root: Path) -> list[str]:
     """Relative POSIX paths of the image files under a folder, sorted; hidden names are ignored.
 
-    Links are followed, but never in a circle. A link that leads nowhere counts as a file: that it
-    cannot be read is news.
+    Links are followed, but never in a circle. A broken link counts as a file, so that it is named.
 
     Args:
-        root: The folder, flat or nested.
+        root: the folder, flat or nested.
 
     Returns:
         ["cat/1.jpg", "dog/2.PNG"].
 
     Raises:
-        ValueError: It is missing, a file, not to be listed, or without images.
+        ValueError: it is missing, a file, cannot be listed, or has no images.
     """
     if not root.is_dir():
         what = "not a folder" if root.exists() else "no such folder"
@@ -121,20 +110,20 @@ def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iter
                 yield prefix + entry.name
 
 
-def decode(path: Path, label: str) -> Tensor:
+def decode_image(path: Path, label: str) -> Tensor:
     """Decode one file: EXIF rotation, RGB, float32; the first frame of an animation.
 
     16-bit RGB is read at 8 bits, which is all that Pillow offers; colour profiles are not applied.
 
     Args:
-        path: The file; its content, not its extension, says what format it is.
-        label: How messages name it.
+        path: the file; its content, not its extension, decides its format.
+        label: its name in messages.
 
     Returns:
         (3, h, w) float32 in 0..1.
 
     Raises:
-        ImageError: The file is missing, truncated, no image, or larger than Pillow's safety limit
+        ImageError: the file is missing, truncated, no image, or larger than Pillow's safety limit
             (`2 * PIL.Image.MAX_IMAGE_PIXELS`).
     """
     with _reading(label), Image.open(path, formats=_FORMATS) as image:
@@ -142,17 +131,17 @@ def decode(path: Path, label: str) -> Tensor:
 
 
 def from_pil(image: Image.Image, label: str) -> Tensor:
-    """Turn a PIL image into what `decode` makes of the same file.
+    """Decode a PIL image as `decode_image` decodes the same file.
 
     Args:
-        image: Of any mode.
-        label: How messages name it.
+        image: an image of any mode.
+        label: its name in messages.
 
     Returns:
         (3, h, w) float32 in 0..1.
 
     Raises:
-        ImageError: Its pixels cannot be read.
+        ImageError: its pixels cannot be read.
     """
     with _reading(label):
         return _pixels(image)
@@ -162,18 +151,18 @@ def from_item(item: Any, label: str) -> tuple[Tensor, bool]:
     """Take the image out of what a dataset returned.
 
     Args:
-        item: An image, a tuple or list that begins with one, or a mapping with the key "image".
+        item: an image, a tuple or list that begins with one, or a mapping with the key "image".
             An image is a PIL image, a uint8 array (h, w) or (h, w, 1|3|4), or a float tensor
             (c, h, w).
-        label: How messages name it.
+        label: its name in messages.
 
     Returns:
-        The image (c, h, w), and True where it came as pixels: RGB in 0..1, to be normalised.
+        The image (c, h, w), and True if it came as pixels: RGB in 0..1, to be normalised.
 
     Raises:
-        ImageError: The pixels of a PIL image cannot be read.
-        TypeError: Not an image, or a tensor of integers.
-        ValueError: A tensor that is not (c, h, w).
+        ImageError: the pixels of a PIL image cannot be read.
+        TypeError: not an image, or a tensor of integers.
+        ValueError: a tensor that is not (c, h, w).
     """
     if isinstance(item, Mapping):
         if "image" not in item:
@@ -199,24 +188,24 @@ def from_item(item: Any, label: str) -> tuple[Tensor, bool]:
 
 
 def read_item(dataset: Any, index: int, label: str) -> tuple[Tensor, bool]:
-    """Ask a dataset for one image: what `from_item` makes of what `fetch` brings."""
+    """Ask a dataset for one item and take the image out of it."""
     return from_item(fetch(dataset, index, label), label)
 
 
 def fetch(dataset: Any, index: int, label: str) -> Any:
-    """Ask a dataset for one item, and tell a file that it cannot read from a fault of its own.
+    """Ask a dataset for one item; a file that it cannot read is an ImageError.
 
     Args:
-        dataset: Anything with integer indices.
-        index: Which item.
-        label: How messages name it.
+        dataset: anything with integer indices.
+        index: which item.
+        label: its name in messages.
 
     Returns:
         What the dataset returned.
 
     Raises:
-        ImageError: The dataset met a file that is missing or broken.
-        ValueError: The dataset raised something else.
+        ImageError: the dataset met a file that is missing or broken.
+        ValueError: the dataset raised something else.
     """
     try:
         with _quiet_pil():
@@ -227,7 +216,7 @@ def fetch(dataset: Any, index: int, label: str) -> Any:
         raise
     except Exception as error:
         name = type(dataset).__name__
-        text = f"dataset {name} failed: item {label!r}, {one_line(error)}: mend its __getitem__"
+        text = f"dataset {name} failed: item {label!r}, {one_line(error)}: check its __getitem__"
         raise ValueError(text) from error
 
 
@@ -235,13 +224,13 @@ def float_images(x: Tensor, label: str, shape: str) -> None:
     """Refuse a tensor that cannot be used as it is.
 
     Args:
-        x: A tensor of images.
-        label: How messages name it.
-        shape: The axes that it must have, "(c, h, w)" or "(n, c, h, w)".
+        x: a tensor of images.
+        label: its name in messages.
+        shape: the axes that it must have, "(c, h, w)" or "(n, c, h, w)".
 
     Raises:
-        TypeError: Integer, boolean or complex values.
-        ValueError: Another number of axes, or an axis without extent.
+        TypeError: integer, boolean or complex values.
+        ValueError: another number of axes, or an axis of length 0.
     """
     if not x.is_floating_point():
         raise TypeError(f"images are not float: {label!r} is {x.dtype}: {_INTEGER}")
@@ -253,9 +242,8 @@ def float_images(x: Tensor, label: str, shape: str) -> None:
 def _pixels(image: Image.Image) -> Tensor:
     """Load, rotate, convert: (3, h, w) float32 in 0..1."""
     image.load()  # first: it reads EXIF that follows the pixels, and turns TIFFs by itself
-    turn = _TURNS.get(_orientation(image))
-    if turn is not None:
-        image = image.transpose(turn)
+    with contextlib.suppress(Exception):  # Pillow raises on broken EXIF; the pixels are fine
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         return _grey(np.asarray(image).astype(np.float32) / np.float32(65535))
     if image.mode == "I":
@@ -266,14 +254,6 @@ def _pixels(image: Image.Image) -> Tensor:
         image = image.convert("LA")
     rgb = torch.from_numpy(np.array(image.convert("RGB")))  # (h, w, 3) uint8
     return rgb.permute(2, 0, 1).contiguous().float().div_(255)  # (3, h, w)
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 where there is none or the EXIF block is broken."""
-    try:
-        return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # Pillow's EXIF parser raises whatever it trips over; the pixels are fine
-        return 1
 
 
 def _scaled(values: NDArray[Any], whites: tuple[int, ...]) -> NDArray[np.float32]:

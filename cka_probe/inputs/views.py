@@ -1,8 +1,9 @@
-"""What one view does to one image: centre square, resize, restore, normalise. All resizing is here.
+"""The transform of a view: centre square, resize, restore, normalise. All resizing is here.
 
 A view never changes the tensor that it is given: all views of an image share one decoded copy.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,17 +11,17 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2.functional import center_crop
 
 from cka_probe.errors import one_line
-from cka_probe.inputs.scales import check_reference, check_scales
 from cka_probe.rng import seeded
 
-__all__ = ["NATIVE", "Transform", "View", "look", "resize", "scale_transforms", "seeded", "stack",
-           "view_transforms"]  # fmt: skip
+__all__ = ["NATIVE", "Transform", "View", "apply_view", "check_reference", "check_scales"]
+__all__ += ["parse_scales", "resize", "scale_transforms", "stack", "view_transforms"]
 
 Transform = Callable[[Tensor], Tensor]
 NATIVE = "native"
+_LARGEST_PX = 16384  # an image of 3 GiB
+_SIDES = "give sides in pixels, such as 32,64,128,224"
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,11 @@ class View:
     """The transform of one view, as a value: it can be compared, printed and sent to workers.
 
     Attributes:
-        side_px: Centre square and resize to this side; None leaves the image as it is.
-        restore_px: Then resize to this side; None stops at `side_px`.
-        antialias: Widen the filter when shrinking, in every resize.
-        mean: Channel means, subtracted at the end; None normalises nothing.
-        std: Channel standard deviations, divided by at the end.
+        side_px: side of the centre square after the resize; None leaves the image as it is.
+        restore_px: side of a second resize, back up; None stops at `side_px`.
+        antialias: whether to widen the filter when shrinking, in every resize.
+        mean: channel means, subtracted at the end; None normalises nothing.
+        std: channel standard deviations, divided by at the end.
     """
 
     side_px: int | None = None
@@ -56,14 +57,14 @@ class View:
             raise ValueError(f"std is not positive: {self.std}: give one number above 0 a channel")
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Look at one image, or at several of one size at once.
+        """Transform one image, or several of one size at once.
 
         Args:
             image: (c, h, w) or (n, c, h, w), float; 0..1 where it was decoded from pixels.
 
         Returns:
-            (..., c, side, side), or (..., c, h, w) where the view has no size. The same tensor, not
-            a copy, where there is nothing to do.
+            (..., c, side, side), or (..., c, h, w) if the view has no size. The same tensor, not a
+            copy, if there is nothing to do.
         """
         for side_px in (self.side_px, self.restore_px):
             if side_px is not None:
@@ -90,24 +91,22 @@ def _channels(what: str, values: Any) -> tuple[float, ...]:
 
 
 def _centre_square(image: Tensor) -> Tensor:
-    """(c, h, w) -> (c, min(h, w), min(h, w)), torchvision's centre crop."""
+    """(..., h, w) -> (..., s, s), s = min(h, w), rounded as torchvision's centre crop rounds."""
     height, width = image.shape[-2:]
-    if height == width:
-        return image
     side_px = min(height, width)
-    cropped: Tensor = center_crop(image, [side_px, side_px])
-    return cropped
+    top, left = round((height - side_px) / 2), round((width - side_px) / 2)
+    return image[..., top : top + side_px, left : left + side_px]
 
 
 def resize(images: Tensor, size_px: int | Sequence[int], antialias: bool = True) -> Tensor:
-    """Resize, bilinear; the identity where the size is there already.
+    """Bilinear resize; the identity if the images have the size already.
 
     float16 and bfloat16 images are resized in float32 and rounded once.
 
     Args:
         images: (c, h, w) or (n, c, h, w), float.
-        size_px: The new side, or (h, w).
-        antialias: Widen the filter when shrinking.
+        size_px: the new side, or (h, w).
+        antialias: whether to widen the filter when shrinking.
 
     Returns:
         (..., c, h', w') of the same dtype.
@@ -126,22 +125,22 @@ def resize(images: Tensor, size_px: int | Sequence[int], antialias: bool = True)
     return (out if wide.ndim == 4 else out[0]).to(images.dtype)
 
 
-def look(transform: Transform, image: Tensor, seed: int, label: str, view: str) -> Tensor:
-    """One view of one image; a transform of the user's gets its own copy and its own numbers.
+def apply_view(transform: Transform, image: Tensor, seed: int, label: str, view: str) -> Tensor:
+    """One view of one image; a user's transform gets a copy and its own random numbers.
 
     Args:
-        transform: From `scale_transforms`, or any callable.
+        transform: one of `scale_transforms`, or any callable.
         image: (c, h, w) float; it is not changed.
-        seed: Random transforms draw from (seed, label, view), whatever the order of the images.
-        label: How messages name the image.
-        view: The view's name.
+        seed: random transforms draw from (seed, label, view), whatever the order of the images.
+        label: the image's name in messages.
+        view: the view's name.
 
     Returns:
-        What the network is fed for this image; (c, h, w) as a rule.
+        The network's input for this image; (c, h, w) as a rule.
 
     Raises:
-        TypeError: The transform returned no tensor.
-        ValueError: The transform raised.
+        TypeError: the transform returned no tensor.
+        ValueError: the transform raised.
     """
     if isinstance(transform, View):
         return transform(image)
@@ -163,21 +162,22 @@ def stack(view: str, images: list[Tensor], ids: list[str]) -> Tensor:
     """Put the images of one view into one batch.
 
     Args:
-        view: The view's name.
+        view: the view's name.
         images: b images, (c, h, w) each.
-        ids: How messages name them.
+        ids: their names in messages.
 
     Returns:
         (b, c, h, w).
 
     Raises:
-        ValueError: They differ in size.
+        ValueError: they differ in size.
     """
     for image, label in zip(images, ids, strict=True):
         if image.shape != images[0].shape:
             first, other = tuple(images[0].shape), tuple(image.shape)
             both = f"{ids[0]!r} {first} and {label!r} {other} in view {view!r}"
-            raise ValueError(f"images of different sizes: {both}: give scales=, or a resize")
+            hint = "resize them in the view's transform, or give scales= instead of views="
+            raise ValueError(f"images of different sizes: {both}: {hint}")
     return torch.stack(images)
 
 
@@ -193,19 +193,19 @@ def scale_transforms(
     """One transform per scale, named by it.
 
     Args:
-        scales: Sides in pixels; None is one view "native", the images as they are, uncropped.
-        reference: One of the scales; None is the largest. Only `restore` needs it.
+        scales: sides in pixels; None is one view "native", the images as they are, uncropped.
+        reference: one of the scales; None is the largest. Only `restore` needs it.
         resize: "native" feeds s x s; "restore" resizes to s and back up to the reference.
-        antialias: Widen the filter when shrinking, in every resize.
-        mean: Channel means to normalise with; None for images that are used as they are.
-        std: Channel standard deviations.
+        antialias: whether to widen the filter when shrinking, in every resize.
+        mean: channel means to normalise with; None for images that are used as they are.
+        std: channel standard deviations.
 
     Returns:
         {view name: transform of one (c, h, w) float image}, in the order of `scales`.
 
     Raises:
-        TypeError: Scales that are no whole numbers.
-        ValueError: Bad scales, a reference that is none of them, an unknown `resize`, or `restore`
+        TypeError: scales that are no whole numbers.
+        ValueError: bad scales, a reference that is none of them, an unknown `resize`, or `restore`
             with a scale above the reference.
     """
     if resize not in ("native", "restore"):
@@ -239,15 +239,15 @@ def view_transforms(
 
     Args:
         transforms: {view name: callable or None}.
-        mean: Channel means for the views without a transform.
-        std: Channel standard deviations.
+        mean: channel means for the views without a transform.
+        std: channel standard deviations.
 
     Returns:
         {view name: transform of one (c, h, w) float image}.
 
     Raises:
-        TypeError: A transform that is neither None nor callable.
-        ValueError: No views.
+        TypeError: a transform that is neither None nor callable.
+        ValueError: no views.
     """
     if not transforms:
         raise ValueError("no views: {}: name at least one")
@@ -263,3 +263,66 @@ def view_transforms(
             raise TypeError(f"view {name!r} has no transform: {kind}: give a callable or None")
         out[name] = transform
     return out
+
+
+def parse_scales(text: str) -> list[int]:
+    """Read the scales of a command line.
+
+    Args:
+        text: "32,64,128,224"; blanks around a number are allowed.
+
+    Returns:
+        Sides in pixels, in the order given.
+
+    Raises:
+        ValueError: not a number, not positive, given twice, or no scale at all.
+    """
+    if not text.strip():
+        raise ValueError(f"no scales: {text!r}: {_SIDES}")
+    sides = []
+    for part in text.split(","):
+        if re.fullmatch(r"[+-]?[0-9]+", part.strip()) is None:
+            raise ValueError(f"bad scale: {part.strip()!r}: {_SIDES}")
+        sides.append(int(part))
+    return check_scales(sides)
+
+
+def check_scales(scales: Iterable[int]) -> list[int]:
+    """The scales as plain ints; refuses those that name no view.
+
+    Args:
+        scales: sides in pixels.
+
+    Raises:
+        TypeError: not a collection of whole numbers.
+        ValueError: empty, not positive, or a duplicate.
+    """
+    if isinstance(scales, str) or not isinstance(scales, Iterable):
+        raise TypeError(f"scales is no list: {scales!r}: give a list such as [32, 64, 128, 224]")
+    sides: list[int] = []
+    for scale in scales:
+        if isinstance(scale, bool) or not hasattr(scale, "__index__"):
+            raise TypeError(f"bad scale: {scale!r}: {_SIDES}")
+        side_px = int(scale)
+        if side_px <= 0:
+            raise ValueError(f"bad scale: {side_px}: a side is at least 1 pixel")
+        if side_px > _LARGEST_PX:
+            raise ValueError(f"scale too large: {side_px}: give at most {_LARGEST_PX} pixels")
+        if side_px in sides:
+            raise ValueError(f"scale given twice: {side_px}: give each side once")
+        sides.append(side_px)
+    if not sides:
+        raise ValueError(f"no scales: {sides}: {_SIDES}, or None for the images as they are")
+    return sides
+
+
+def check_reference(reference: int | str, sides: list[int]) -> int:
+    """The reference as one of the sides.
+
+    Raises:
+        ValueError: It is none of them.
+    """
+    if str(reference) not in {str(side) for side in sides}:
+        known = ", ".join(str(side) for side in sides)
+        raise ValueError(f"reference is not a scale: {str(reference)!r}: choose one of {known}")
+    return int(reference)

@@ -22,13 +22,13 @@ from torch import nn
 from torchvision import models as torchvision_models
 
 from cka_probe.errors import one_line
-from cka_probe.models.glyphnet import glyphnet
+from cka_probe.models.embedded import glyphnet
+from cka_probe.models.preprocessing import IMAGENET
 from cka_probe.models.weights import OTHER_MODEL, check_finite, fit, read_weights
 
-__all__ = ["IMAGENET", "LoadedModel", "load_model", "parse_model_args"]
+__all__ = ["LoadedModel", "load_model", "parse_model_args"]
 
 EMBEDDED = "glyphnet"
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 _Built = tuple[nn.Module, str, str, Mapping[str, Any], str]  # network, name, tag, cfg, its origin
 _OTHER_WEIGHTS = "give --weights FILE, or none for random ones"
 _SPECS = "give a torchvision name, timm:NAME, glyphnet or path/to/file.py:callable"

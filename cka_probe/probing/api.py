@@ -109,7 +109,7 @@ def probe(
 
     >>> from cka_probe import probe
     >>> from cka_probe.inputs import glyphs
-    >>> from cka_probe.models.glyphnet import glyphnet
+    >>> from cka_probe.models.embedded import glyphnet
     >>> images, _ = glyphs.tensor("test", 64)
     >>> report = probe(glyphnet(), images, [16, 64], batch_size=16, progress=False)
     >>> report.against().shape, report.cka.shape

@@ -4,7 +4,6 @@ A forward there yields shapes and operator counts but computes no number, so tha
 real network is spent.
 """
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from cka_probe.activations.hooks import Collector, Tap
 from cka_probe.activations.layers import Layers
 from cka_probe.activations.macs import MacCounter
+from cka_probe.activations.meta import meta_copy
 from cka_probe.activations.reduce import Reducer
 from cka_probe.engine.memory import exact_bytes, minibatch_bytes, sketch_bytes
 
@@ -63,7 +63,7 @@ def estimate(
 
     try:
         for view, model in models.items():
-            ghost = _ghost(model)
+            ghost = meta_copy(model)
             widths: list[int] = []
             counter = MacCounter()
 
@@ -112,15 +112,6 @@ def estimator_bytes(
     if estimator == "sketch":
         return sketch_bytes(n_images, sizes, sketch_size, batch_size)
     return minibatch_bytes(len(widths), batch_size, rbf=rbf)
-
-
-def _ghost(model: nn.Module) -> nn.Module:
-    """A copy on the meta device, without the user's hooks."""
-    ghost = copy.deepcopy(model).to("meta")
-    for module in ghost.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    return ghost
 
 
 def seconds_on_this_cpu(gmacs: float) -> float:

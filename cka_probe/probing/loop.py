@@ -10,7 +10,7 @@ from torch import nn
 
 from cka_probe.distributed.ranks import Ranks
 from cka_probe.engine.estimator import Estimator
-from cka_probe.inputs.batches import Batch, Source, batches
+from cka_probe.inputs.batches import Batch, Source, iterate_batches
 from cka_probe.inputs.views import Transform
 from cka_probe.io import remove_partial_files
 from cka_probe.probing.forward import Forwards, Seen
@@ -97,7 +97,7 @@ class Loop:
             if mine:
                 stream = stack.enter_context(
                     closing(
-                        batches(
+                        iterate_batches(
                             self.source, transforms, batch_size=options.batch_size,
                             seed=options.seed, workers=options.workers, skip_bad=options.skip_bad,
                             start=mine.start, step=mine.step,

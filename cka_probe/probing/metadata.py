@@ -6,15 +6,15 @@ from typing import Any
 from torch import nn
 
 from cka_probe.activations.layers import unwrap
-from cka_probe.activations.macs import model_sha256
 from cka_probe.engine.estimator import Result
 from cka_probe.engine.kernels import KERNELS, get_kernel
 from cka_probe.engine.projection import BLOCKS
-from cka_probe.inputs.batches import Source
+from cka_probe.inputs.source import Files, Source
 from cka_probe.inputs.views import Transform
 from cka_probe.probing.choose import AUTO, Choice
 from cka_probe.probing.fingerprint import described
 from cka_probe.probing.options import ProbeOptions
+from cka_probe.provenance import model_sha256
 
 __all__ = ["estimator_meta", "repeated_options", "run_fingerprint"]
 
@@ -50,7 +50,7 @@ def run_fingerprint(
             for name, model in models.items()
         },
         "reference": reference,
-        "images": {"name": source.name, "sha256": source.fingerprint()},
+        "images": _images_meta(source),
         "n_images": len(source),
         "layers": described(options.layers),
         "resize": options.resize,
@@ -82,6 +82,16 @@ def estimator_meta(options: ProbeOptions, choice: Choice, result: Result) -> dic
         rounded = [[float(f"{cell:.4g}") for cell in row] for row in result.sketch_stderr]
         meta["sketch"] = {"size": choice.size, "blocks": BLOCKS, "stderr": rounded}
     return meta
+
+
+def _images_meta(source: Source) -> dict[str, Any]:
+    """Name and SHA-256 of the images: of a folder's names and sizes, of other sources' content.
+
+    A run that saves a report replaces it by one over the content of all files.
+    """
+    if isinstance(source, Files):
+        return {"name": source.name, "sha256": source.listing(), "of": "names and sizes"}
+    return {"name": source.name, "sha256": source.fingerprint()}
 
 
 def _kernel_name(given: Any) -> str:

@@ -14,8 +14,7 @@ from cka_probe.activations.reduce import Reducer
 from cka_probe.engine.kernels import Block, check_bandwidth, get_kernel
 from cka_probe.engine.memory import parse_memory
 from cka_probe.engine.sketch import check_linear, sketch_size
-from cka_probe.inputs.scales import check_scales
-from cka_probe.inputs.views import NATIVE, Transform
+from cka_probe.inputs.views import NATIVE, Transform, check_scales
 from cka_probe.probing.choose import AUTO, ESTIMATORS
 
 __all__ = ["ProbeOptions", "Views", "check_network"]

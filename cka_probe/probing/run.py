@@ -1,7 +1,7 @@
 """One run of `probe`: views and estimator are resolved, the loop runs once, a Report comes out."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -13,16 +13,16 @@ from torch import nn
 
 from cka_probe.activations.hooks import Tap
 from cka_probe.activations.layers import unwrap
-from cka_probe.activations.macs import merge_tables, versions
+from cka_probe.activations.macs import merge_tables
 from cka_probe.distributed.ranks import Ranks
 from cka_probe.engine.kernels import get_kernel
 from cka_probe.engine.memory import free_memory, readable
 from cka_probe.functional import warn_degenerate
 from cka_probe.inputs.batches import Source, open_images, plan
 from cka_probe.inputs.decode import ImageError
-from cka_probe.inputs.views import NATIVE, Transform, look, scale_transforms, view_transforms
+from cka_probe.inputs.views import NATIVE, Transform, apply_view, scale_transforms, view_transforms
 from cka_probe.io import plain
-from cka_probe.models.load import IMAGENET
+from cka_probe.models.preprocessing import channel_constants
 from cka_probe.probing.choose import AUTO, ESTIMATORS, Choice, check_exact_fits, choose_estimator
 from cka_probe.probing.forecast import Estimate, estimate, estimator_bytes, seconds_on_this_cpu
 from cka_probe.probing.forward import device_of
@@ -30,6 +30,7 @@ from cka_probe.probing.loop import Loop
 from cka_probe.probing.metadata import estimator_meta, repeated_options, run_fingerprint
 from cka_probe.probing.options import ProbeOptions, check_network
 from cka_probe.probing.state import STATE, differences, refuse_other, saved_options
+from cka_probe.provenance import versions
 from cka_probe.report import Report
 
 __all__ = ["REPORT", "Run", "refuse_interrupted"]
@@ -90,6 +91,10 @@ class Run:
             LostRankError: another process died or failed.
         """
         self._check_same_on_all_ranks()
+        if self.folder is not None:  # a saved state or report is compared with later runs
+            content = self.source.fingerprint(progress=progress) if self.ranks.first else None
+            images = {"name": self.source.name, "sha256": self.ranks.agree(content)}
+            self.fingerprint = {**self.fingerprint, "images": images}
         done = self.ranks.agree(self._finished() if self.ranks.first else None)
         if done is None:
             done = self.ranks.agree(self._execute(progress=progress))
@@ -101,12 +106,12 @@ class Run:
         """Sizes and costs from the shapes of the first image that can be read."""
         for i in range(len(self.source)):
             try:
-                image = self.source.load(i)
+                image = self.source.preview(i)
             except ImageError:
                 continue
             label, seed = self.source.ids[i], self.options.seed
             shapes = {
-                view: tuple(look(transform, image, seed, label, view).shape)
+                view: tuple(apply_view(transform, image, seed, label, view).shape)
                 for view, transform in self.transforms.items()
             }
             return estimate(
@@ -314,7 +319,5 @@ def _pixel_constants(model: nn.Module, options: ProbeOptions, source: Source) ->
     """Mean and std per channel: the user's; for pixels else timm's own, else ImageNet's."""
     mean, std = options.mean, options.std
     if mean is None and std is None and source.is_pixels:
-        cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-        cfg = cfg if isinstance(cfg, Mapping) else {}
-        mean, std = ({**IMAGENET, **cfg}[key] for key in ("mean", "std"))
+        return channel_constants(unwrap(model))
     return {"mean": mean, "std": std}

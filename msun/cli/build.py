@@ -62,7 +62,7 @@ def build_network(args: argparse.Namespace) -> MSUN:
     Args:
         args: the parsed command line, with the arguments of `add_model` and `add_building`, and at.
     """
-    from cka_probe.inputs.scales import parse_scales
+    from cka_probe.inputs.views import parse_scales
     from cka_probe.models.load import parse_model_args
     from msun.network.builder import build
 

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from cka_probe.inputs import glyphs
-from cka_probe.models.glyphnet import glyphnet
+from cka_probe.models.embedded import glyphnet
 from cka_probe.probing.api import probe
 from cka_probe.report import Report
 from msun.cutting.cuts import find_cuts

@@ -94,7 +94,7 @@ def execute(args: argparse.Namespace) -> None:
     """Measure every network at every size, then write and print the table."""
     import torch
 
-    from cka_probe.inputs.scales import parse_scales
+    from cka_probe.inputs.views import parse_scales
     from cka_probe.plot.figures import save_figure
     from msun.evaluation.accuracy import compare
     from msun.evaluation.classes import open_tests

@@ -114,7 +114,7 @@ def _from_report(args: argparse.Namespace) -> None:
 def _from_probe(args: argparse.Namespace) -> None:
     import torch
 
-    from cka_probe.inputs.scales import parse_scales
+    from cka_probe.inputs.views import parse_scales
     from cka_probe.probing.options import ProbeOptions
     from cka_probe.probing.run import Run
 
@@ -184,7 +184,7 @@ def _choose(
 def _check_network(report: Report, loaded: LoadedModel, *, weights_given: bool) -> None:
     """Refuse a report of another network: by its name, its layers or, if given, its weights."""
     from cka_probe.activations.layers import ROOT, module_paths
-    from cka_probe.activations.macs import model_sha256
+    from cka_probe.provenance import model_sha256
 
     name = (report.meta.get("model") or {}).get("name", loaded.name)
     if name != loaded.name:

@@ -189,7 +189,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
 def _choose(args: argparse.Namespace, config: TrainConfig) -> tuple[str, SplitChoice | None]:
     """The layer for --at auto: that of the run to be resumed, or what a probe suggests."""
     from cka_probe.inputs import glyphs
-    from cka_probe.inputs.scales import parse_scales
+    from cka_probe.inputs.views import parse_scales
     from cka_probe.probing.api import probe
     from msun.cutting.cuts import example_images, find_cuts
     from msun.data.labelled import open_labelled

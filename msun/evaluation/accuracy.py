@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from cka_probe.engine.minibatch import Minibatch
 from cka_probe.inputs.batches import MIN_IMAGES, order, plan
-from cka_probe.inputs.scales import check_scales
-from cka_probe.inputs.views import resize
+from cka_probe.inputs.views import check_scales, resize
 from cka_probe.intervals import student_interval
 from cka_probe.models.load import LoadedModel
 from cka_probe.progress import progress_bar

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cka_probe.activations.layers import unwrap
 from cka_probe.inputs.batches import order
-from cka_probe.inputs.scales import check_scales
+from cka_probe.inputs.views import check_scales
 from cka_probe.models.load import LoadedModel
 from cka_probe.probing.forward import device_of, move_to
 from cka_probe.progress import progress_bar

@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from cka_probe.activations.layers import unwrap
 from cka_probe.inputs.views import View
 from cka_probe.models.load import LoadedModel
+from cka_probe.models.preprocessing import channel_constants
 from msun.data.labelled import Labelled, open_labelled
 from msun.network.model import MSUN
 
@@ -24,6 +26,11 @@ def _spec(model: nn.Module | LoadedModel) -> Mapping[str, Any]:
     if isinstance(model, LoadedModel):
         return vars(model)
     return model.spec if isinstance(model, MSUN) else {}
+
+
+def _stated(model: nn.Module | LoadedModel) -> Mapping[str, Any]:
+    """Mean and std that a plain network states (timm), wrapped or not."""
+    return {} if isinstance(model, LoadedModel | MSUN) else channel_constants(unwrap(model))
 
 
 def open_tests(data: Any, split: str | None, n_images: int | None, seed: int) -> Labelled:
@@ -100,7 +107,7 @@ def normalisation(
         ValueError: only one of both, or no numbers.
     """
     if mean is None and std is None and source.is_pixels:
-        spec = _spec(model)
+        spec = {**_stated(model), **{k: v for k, v in _spec(model).items() if v}}
         mean, std = spec.get("mean") or source.mean, spec.get("std") or source.std
     view = View(mean=None if mean is None else tuple(mean), std=None if std is None else tuple(std))
     return view.mean, view.std

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cka_probe.activations.layers import unwrap
 from cka_probe.io import plain
 from cka_probe.models.load import LoadedModel
+from cka_probe.models.preprocessing import stated_constants
 from msun.cutting.cuts import cut, example_images, find_cuts
 from msun.cutting.dataflow import Part
 from msun.network.functional_layers import with_functional_modules
@@ -167,6 +168,8 @@ def _spec(backbone: nn.Module | LoadedModel, spec: Mapping[str, Any] | None) -> 
         known |= {} if backbone.classes is None else {"new_head": backbone.classes}
     elif not isinstance(backbone, nn.Module):
         raise TypeError(f"no network: {type(backbone).__name__}: give an nn.Module")
+    else:
+        known = dict(stated_constants(unwrap(backbone)))
     made: dict[str, Any] = plain({**known, **(spec or {})}, "spec")
     return made
 

@@ -6,10 +6,11 @@ Sizes are integers and the choices are made on their squares, so that no roundin
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+
+from cka_probe.inputs import views
 
 __all__ = ["POLICIES", "Policy", "check_scales", "fed", "merge_grid", "policy_of"]
 __all__ += ["RAW_TAU"]
@@ -112,27 +113,10 @@ def policy_of(preset: str) -> Policy:
 
 
 def check_scales(scales: Sequence[int]) -> tuple[int, ...]:
-    """The trained sides in pixels, ascending.
-
-    Args:
-        scales: in any order.
-
-    Raises:
-        TypeError: a side that is no whole number.
-        ValueError: none at all, one below 1, or one given twice.
-    """
-    sides = []
-    for side in scales:
-        if isinstance(side, bool) or not hasattr(side, "__index__"):
-            raise TypeError(f"scale is no whole number of pixels: {side!r}: give sides like 64")
-        sides.append(operator.index(side))  # numpy's integers too
-    for side in sides:
-        if side < 1:
-            raise ValueError(f"bad scale: {side}: a side is at least 1 pixel")
-    if not sides or len(set(sides)) < len(sides):
-        text = "none" if not sides else ",".join(map(str, sides))
-        raise ValueError(f"scales must be one or more different sides: {text}: give 32,128,224")
-    return tuple(sorted(sides))
+    """The trained sides in pixels, ascending; raises as `cka_probe.inputs.views.check_scales`."""
+    if not isinstance(scales, str) and not list(scales):
+        raise ValueError("no scales: none: give sides in pixels, such as 32,128,224")
+    return tuple(sorted(views.check_scales(scales)))
 
 
 def route(scales: Sequence[int], h: int, w: int, routing: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cka_probe.activations.macs import MacCounter
+from cka_probe.activations.meta import meta_copy
 from cka_probe.errors import one_line
 from cka_probe.rng import preserved_rng
 from msun.network.norms import SizedNorm
@@ -101,26 +101,6 @@ class ShapeProbe:
         carried = getattr(tensor, "cut_sizes", None)
         seen = () if tensor is None else tuple(tensor.shape)
         return Seen(seen, counter.macs(), carried, "" if seen and min(seen) > 0 else "empty output")
-
-
-def meta_copy(module: nn.Module) -> nn.Module:
-    """A deep copy whose parameters and buffers are on the meta device: no memory for data.
-
-    Hooks stay behind, save those that say `part_of_layer`.
-
-    Args:
-        module: left as it is.
-    """
-    memo: dict[int, Any] = {}
-    for part in module.modules():
-        memo[id(part._forward_hooks)] = OrderedDict()
-        kept = [(k, h) for k, h in part._forward_pre_hooks.items() if hasattr(h, "part_of_layer")]
-        memo[id(part._forward_pre_hooks)] = OrderedDict(kept)
-    for p in module.parameters():
-        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
-    for b in module.buffers():
-        memo[id(b)] = torch.empty_like(b, device="meta")
-    return copy.deepcopy(module, memo)
 
 
 def _bare(module: nn.Module) -> nn.Module:

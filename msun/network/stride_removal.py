@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from cka_probe.activations.meta import meta_copy
 from msun.cutting.dataflow import Part
 from msun.network.shallow_copy import put, shallow, shallow_part
-from msun.network.shape_probe import ShapeProbe, meta_copy
+from msun.network.shape_probe import ShapeProbe
 
 __all__ = ["Leaf", "Removal", "Step", "like_old", "look", "remove_strides", "steps", "with_stride"]
 

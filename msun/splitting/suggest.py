@@ -69,7 +69,7 @@ def suggest_split(
 
     >>> from cka_probe import probe
     >>> from cka_probe.inputs import glyphs
-    >>> from cka_probe.models.glyphnet import glyphnet
+    >>> from cka_probe.models.embedded import glyphnet
     >>> from msun import find_cuts
     >>> images, _ = glyphs.tensor("train", 64)
     >>> how = {"resize": "restore", "batch_size": 16, "progress": False}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cka_probe.distributed.ranks import Ranks
-from cka_probe.inputs.views import seeded
+from cka_probe.rng import seeded
 from msun.network.model import MSUN
 from msun.training.config import TrainConfig, groups, rate
 from msun.training.ema import EMA

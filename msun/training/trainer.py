@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from cka_probe.activations.macs import model_sha256, versions
 from cka_probe.distributed.ranks import Ranks, own_device, started
 from cka_probe.errors import one_line
 from cka_probe.inputs.batches import order
 from cka_probe.io import plain, remove_partial_files
 from cka_probe.progress import progress_bar
+from cka_probe.provenance import model_sha256, versions
 from msun.data.crops import Crops, augmentation, shuffled
 from msun.data.labelled import open_labelled
 from msun.metrics import true_class_rank
@@ -116,7 +116,7 @@ class _Run:
                 "data": {
                     "name": self.data.name,
                     "images": len(self.data),
-                    "sha256": self.data.fingerprint(),
+                    "sha256": self._data_sha256(),
                 },
                 "constraint": kind,
                 "between": self.between,
@@ -130,6 +130,12 @@ class _Run:
         )  # fmt: skip
         self.table: list[dict[str, Any]] = []
         self.seconds, self.saved_step, self.made = 0.0, 0, list[Path]()
+
+    def _data_sha256(self) -> str:
+        """The fingerprint of the images, made once, on rank 0, with a progress bar."""
+        first = self.ranks.first
+        own = self.data.fingerprint(progress=self.config.progress) if first else ""
+        return str(self.ranks.agree(own))
 
     def _steps_an_epoch(self, shards: int) -> int:
         """Whole batches only."""

@@ -6,7 +6,7 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import functional as tv
 
-from cka_probe.models.load import IMAGENET
+from cka_probe.models.preprocessing import IMAGENET
 
 QUIET = {"progress": False, "latency": False}
 

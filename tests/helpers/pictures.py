@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from cka_probe.inputs.batches import batches
+from cka_probe.inputs.batches import iterate_batches
 
 
 def write(folder, n, size=(6, 6)):
@@ -27,7 +27,7 @@ def level_of(name):
 
 
 def every(source, transforms, **options):
-    return list(batches(source, transforms, **{"batch_size": 8, "seed": 0, **options}))
+    return list(iterate_batches(source, transforms, **{"batch_size": 8, "seed": 0, **options}))
 
 
 def assert_same(first, second):

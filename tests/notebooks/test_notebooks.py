@@ -9,7 +9,7 @@ from PIL import Image
 
 from cka_probe import Report
 from cka_probe.activations.layers import default_layers
-from cka_probe.models.glyphnet import glyphnet
+from cka_probe.models.embedded import glyphnet
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"pip install {' '.join(MISSING)}")
 nbformat = pytest.importorskip("nbformat")

@@ -50,7 +50,7 @@ def test_says_what_each_size_costs_and_serves_mixed_sizes(executed):
 
 def test_the_checkpoint_keeps_what_was_calibrated(executed):
     folder = executed[0]
-    from cka_probe.models.glyphnet import glyphnet
+    from cka_probe.models.embedded import glyphnet
 
     net = msun.load(folder / "lean.pt", backbone=glyphnet())
     assert net.scales == (16, 32, 64)

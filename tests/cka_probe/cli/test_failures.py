@@ -212,7 +212,7 @@ def test_a_reference_needs_scales_and_buffers_that_are_not_saved_count():
     import torch
 
     from cka_probe import probe
-    from cka_probe.activations.macs import model_sha256
+    from cka_probe.provenance import model_sha256
 
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
     net.register_buffer("mask", torch.ones(3), persistent=False)

@@ -18,7 +18,7 @@ from cka_probe.engine.projection import BLOCKS, Projection
 from cka_probe.engine.sketch import Sketch, sketch_size
 from cka_probe.engine.sketch_sums import SketchSums, sketched_result, unbiased_norms
 from cka_probe.inputs import glyphs
-from cka_probe.models.glyphnet import glyphnet
+from cka_probe.models.embedded import glyphnet
 
 
 def features(n, widths, *, seed=0, mean=0.0, scale=1.0):

@@ -102,9 +102,9 @@ def test_ranks_and_resumed_runs_take_whole_batches(folder, workers):
 
 def test_each_file_is_decoded_once_for_all_its_views(folder, monkeypatch):
     asked = []
-    real = decode.decode
+    real = decode.decode_image
     monkeypatch.setattr(
-        decode, "decode", lambda path, label: asked.append(label) or real(path, label)
+        decode, "decode_image", lambda path, label: asked.append(label) or real(path, label)
     )
     source = open_images(folder)
     source.fingerprint()
@@ -135,6 +135,6 @@ def test_a_transform_in_place_changes_neither_other_views_nor_the_tensor():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_native_sizes_that_differ_name_two_images(folder, workers):
     Image.new("RGB", (6, 7)).save(folder / "b/004.png")
-    text = r"'.*png' \(3, ., 6\) and '.*png' \(3, ., 6\) in view 'native': give scales="
+    text = r"'.*png' \(3, ., 6\) and '.*png' \(3, ., 6\) in view 'native': resize them"
     with pytest.raises(ValueError, match=text):
         every(open_images(folder), scale_transforms(None), workers=workers)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from cka_probe.inputs import decode as room
-from cka_probe.inputs.decode import ImageError, decode, from_item, from_pil, image_files
+from cka_probe.inputs.decode import ImageError, decode_image, from_item, from_pil, image_files
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -45,7 +45,7 @@ def check(tensor, array):
 def test_lossless_files_give_their_pixels_over_255(tmp_path, name):
     kind = {"no_ending": "PNG", "x.webp": "WEBP"}.get(name)
     Image.fromarray(RGB).save(tmp_path / name, kind, **({"lossless": True} if kind else {}))
-    check(decode(tmp_path / name, name), RGB)
+    check(decode_image(tmp_path / name, name), RGB)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -55,7 +55,7 @@ def test_every_exif_orientation_is_undone_once(tmp_path, kind, orientation):
     exif[ORIENTATION] = orientation
     options = {"lossless": True} if kind == "webp" else {}
     Image.fromarray(RGB).save(tmp_path / f"x.{kind}", exif=exif, **options)
-    check(decode(tmp_path / f"x.{kind}", "x"), np.ascontiguousarray(TURNS[orientation](RGB)))
+    check(decode_image(tmp_path / f"x.{kind}", "x"), np.ascontiguousarray(TURNS[orientation](RGB)))
 
 
 def test_a_jpeg_of_orientation_6_lies_on_its_side_until_turned(tmp_path):
@@ -64,7 +64,7 @@ def test_a_jpeg_of_orientation_6_lies_on_its_side_until_turned(tmp_path):
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     Image.fromarray(half).save(tmp_path / "x.jpg", exif=exif, quality=95)
-    image = decode(tmp_path / "x.jpg", "x")
+    image = decode_image(tmp_path / "x.jpg", "x")
     assert image.shape == (3, 32, 16)
     assert image[:, :15].min() > 0.9
     assert image[:, 17:].max() < 0.1
@@ -73,7 +73,7 @@ def test_a_jpeg_of_orientation_6_lies_on_its_side_until_turned(tmp_path):
 @pytest.mark.parametrize("block", [b"MM\0*\0\0\0\x08\xff\xff\x01", b"XX no TIFF header", b""])
 def test_a_broken_exif_block_does_not_cost_the_image(tmp_path, block):
     Image.fromarray(RGB).save(tmp_path / "x.jpg", exif=b"Exif\0\0" + block)
-    assert decode(tmp_path / "x.jpg", "x").shape == (3, 5, 7)
+    assert decode_image(tmp_path / "x.jpg", "x").shape == (3, 5, 7)
 
 
 def test_an_exif_parser_that_trips_does_not_cost_the_image(tmp_path, monkeypatch):
@@ -82,12 +82,12 @@ def test_an_exif_parser_that_trips_does_not_cost_the_image(tmp_path, monkeypatch
 
     Image.fromarray(RGB).save(tmp_path / "x.png")
     monkeypatch.setattr(Image.Image, "getexif", trip)
-    check(decode(tmp_path / "x.png", "x"), RGB)
+    check(decode_image(tmp_path / "x.png", "x"), RGB)
 
 
 def test_grey_stands_in_all_three_channels(tmp_path):
     Image.fromarray(GREY).save(tmp_path / "x.png")
-    check(decode(tmp_path / "x.png", "x"), GREY)
+    check(decode_image(tmp_path / "x.png", "x"), GREY)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -96,7 +96,7 @@ def test_alpha_is_dropped_not_blended(tmp_path, mode):
     image = Image.fromarray(colour).convert(mode)
     image.putalpha(Image.fromarray(np.zeros_like(GREY)))  # all transparent
     image.save(tmp_path / "x.png")
-    check(decode(tmp_path / "x.png", "x"), colour)
+    check(decode_image(tmp_path / "x.png", "x"), colour)
 
 
 def test_premultiplied_grey_alpha_is_converted():
@@ -110,13 +110,13 @@ def test_a_palette_with_transparency_gives_its_colours(tmp_path):
     image.putdata([0, 1, 1, 0])
     image.save(tmp_path / "x.png", transparency=b"\x00\x80")
     colours = np.array([[[10, 20, 30], [40, 50, 60]], [[40, 50, 60], [10, 20, 30]]], np.uint8)
-    check(decode(tmp_path / "x.png", "x"), colours)
+    check(decode_image(tmp_path / "x.png", "x"), colours)
 
 
 def test_16_bit_grey_is_scaled_by_65535_not_cut_to_8_bits(tmp_path):
     values = np.array([[0, 255, 256], [1000, 40000, 65535]], np.uint16)
     Image.fromarray(values).save(tmp_path / "x.png")
-    image = decode(tmp_path / "x.png", "x")
+    image = decode_image(tmp_path / "x.png", "x")
     want = torch.from_numpy(values.astype(np.float64) / 65535).float()
     for channel in image:
         torch.testing.assert_close(channel, want, rtol=0, atol=6e-8)
@@ -127,7 +127,7 @@ def test_big_endian_16_bit_tiff_equals_little_endian(tmp_path):
     image = Image.frombytes("I;16B", (2, 2), values.astype(">u2").tobytes())
     image.save(tmp_path / "x.tif")
     little = from_pil(Image.fromarray(values), "x")
-    assert torch.equal(decode(tmp_path / "x.tif", "x"), little)
+    assert torch.equal(decode_image(tmp_path / "x.tif", "x"), little)
 
 
 def test_16_bit_grey_is_turned_too(tmp_path):
@@ -136,7 +136,7 @@ def test_16_bit_grey_is_turned_too(tmp_path):
     exif[ORIENTATION] = 6
     Image.fromarray(values).save(tmp_path / "x.png", exif=exif)
     want = torch.from_numpy(np.rot90(values, -1).astype(np.float32)) / 65535
-    assert torch.equal(decode(tmp_path / "x.png", "x")[0], want)
+    assert torch.equal(decode_image(tmp_path / "x.png", "x")[0], want)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_32_bit_values_without_a_known_white_are_refused(value):
 
 def test_a_cmyk_jpeg_is_not_inverted(tmp_path):
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "x.jpg", quality=95)  # red
-    red = decode(tmp_path / "x.jpg", "x").mean((1, 2))
+    red = decode_image(tmp_path / "x.jpg", "x").mean((1, 2))
     torch.testing.assert_close(red, torch.tensor([1.0, 0.0, 0.0]), rtol=0, atol=0.02)
 
 
@@ -169,7 +169,7 @@ def test_only_the_first_frame_of_an_animation_counts(tmp_path):
     for frame in frames:
         frame.putpalette([250, 0, 0, 0, 250, 0])
     frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
-    image = decode(tmp_path / "x.gif", "x")
+    image = decode_image(tmp_path / "x.gif", "x")
     assert torch.equal(image[:, 0, 0], torch.tensor([250.0, 0, 0]) / 255)
 
 
@@ -194,7 +194,7 @@ def test_a_file_that_cannot_be_read_gives_one_line_with_the_way_out(tmp_path, fa
     path = tmp_path / "x.jpg"
     path.write_bytes(damage(jpeg(path)))
     with pytest.raises(ImageError, match=reason) as caught:
-        decode(path, "sub/x.jpg")
+        decode_image(path, "sub/x.jpg")
     text = str(caught.value)
     assert text.startswith("cannot read image: 'sub/x.jpg': ")
     assert "skip_bad=True (--skip-bad)" in text
@@ -211,14 +211,14 @@ def test_truncation_is_noticed_in_every_format(tmp_path, kind):
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[:-600])
     with pytest.raises(ImageError, match=r"cannot read image: 'x': (?!KeyError)"):
-        decode(path, "x")
+        decode_image(path, "x")
 
 
 def test_a_missing_file_is_named_without_its_folder(tmp_path):
     with pytest.raises(
         ImageError, match=r"^cannot read image: 'a.jpg': no such file or directory;"
     ):
-        decode(tmp_path / "a.jpg", "a.jpg")
+        decode_image(tmp_path / "a.jpg", "a.jpg")
 
 
 def test_running_out_of_memory_is_no_bad_image(tmp_path, monkeypatch):
@@ -228,22 +228,22 @@ def test_running_out_of_memory_is_no_bad_image(tmp_path, monkeypatch):
     monkeypatch.setattr(room, "_pixels", fail)
     jpeg(tmp_path / "x.jpg")
     with pytest.raises(MemoryError):
-        decode(tmp_path / "x.jpg", "x")
+        decode_image(tmp_path / "x.jpg", "x")
 
 
 def test_a_huge_image_is_read_up_to_twice_the_limit_and_refused_above(tmp_path, monkeypatch):
     Image.new("RGB", (10, 10)).save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)  # PIL warns: an error under -W error
-    assert decode(tmp_path / "x.png", "x").shape == (3, 10, 10)
+    assert decode_image(tmp_path / "x.png", "x").shape == (3, 10, 10)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
     with pytest.raises(ImageError, match=r"cannot read image: 'x': .*100 pixels"):
-        decode(tmp_path / "x.png", "x")
+        decode_image(tmp_path / "x.png", "x")
 
 
 def test_warnings_are_as_before_after_decoding(tmp_path):
     jpeg(tmp_path / "x.jpg")
     before = list(warnings.filters)
-    decode(tmp_path / "x.jpg", "x")
+    decode_image(tmp_path / "x.jpg", "x")
     assert warnings.filters == before
 
 

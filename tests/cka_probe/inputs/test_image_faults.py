@@ -16,7 +16,7 @@ from PIL import Image
 from shell import LISTENING
 from torchvision.transforms import v2
 
-from cka_probe.inputs.batches import batches, open_images
+from cka_probe.inputs.batches import iterate_batches, open_images
 from cka_probe.inputs.decode import ImageError
 from cka_probe.inputs.views import scale_transforms, view_transforms
 
@@ -84,7 +84,7 @@ def test_unreadable_items_of_a_dataset_can_be_skipped_but_its_faults_cannot():
     ):
         every(source, views)
     assert every(source, views, skip_bad=True)[0].bad == ["0"]
-    text = r"^dataset Items failed: item '7', KeyError \('k'\): mend its __getitem__$"
+    text = r"^dataset Items failed: item '7', KeyError \('k'\): check its __getitem__$"
     with pytest.raises(ValueError, match=text):
         every(open_images(Items([*good, fault])), views, skip_bad=True)
     with pytest.raises(ValueError, match=r"^no image can be read: 4 in Items"):
@@ -116,7 +116,7 @@ def test_a_faulty_transform_stops_the_run_in_one_line(folder, workers):
 @pytest.mark.parametrize("workers", [-1, 1.5, True, "2"])
 def test_bad_numbers_of_workers(folder, workers):
     with pytest.raises(ValueError, match=r"^bad number of workers: .*: give 0 or more"):
-        batches(open_images(folder), {}, batch_size=8, seed=0, workers=workers)
+        iterate_batches(open_images(folder), {}, batch_size=8, seed=0, workers=workers)
 
 
 class Dies(Items):
@@ -135,7 +135,9 @@ def test_a_worker_that_dies_is_one_line():
 
 
 def test_leaving_early_ends_the_workers(folder):
-    stream = batches(open_images(folder), scale_transforms([3]), batch_size=4, seed=0, workers=2)
+    stream = iterate_batches(
+        open_images(folder), scale_transforms([3]), batch_size=4, seed=0, workers=2
+    )
     with contextlib.closing(stream):
         next(stream)
         assert len(multiprocessing.active_children()) == 2
@@ -144,7 +146,9 @@ def test_leaving_early_ends_the_workers(folder):
 
 def test_an_error_in_a_worker_ends_them_all(folder):
     damage(folder, *range(21))
-    stream = batches(open_images(folder), scale_transforms([3]), batch_size=4, seed=0, workers=2)
+    stream = iterate_batches(
+        open_images(folder), scale_transforms([3]), batch_size=4, seed=0, workers=2
+    )
     with pytest.raises(ImageError):
         next(stream)
     gc.collect()
@@ -152,7 +156,9 @@ def test_an_error_in_a_worker_ends_them_all(folder):
 
 
 def test_workers_leave_interrupts_to_the_parent(folder):
-    stream = batches(open_images(folder), scale_transforms([3]), batch_size=4, seed=0, workers=1)
+    stream = iterate_batches(
+        open_images(folder), scale_transforms([3]), batch_size=4, seed=0, workers=1
+    )
     with contextlib.closing(stream):
         first = next(stream)
         for child in multiprocessing.active_children():
@@ -165,12 +171,12 @@ def test_workers_leave_interrupts_to_the_parent(folder):
 def test_ctrl_c_leaves_no_process_and_no_noise(folder):
     program = """
         import contextlib, multiprocessing, sys, torch
-        from cka_probe.inputs.batches import batches, open_images
+        from cka_probe.inputs.batches import iterate_batches, open_images
         from cka_probe.inputs.views import scale_transforms
         source = open_images(sys.argv[1])
         try:
             while True:
-                stream = batches(
+                stream = iterate_batches(
                     source, scale_transforms([3]), batch_size=4, seed=0, workers=2
                 )
                 with contextlib.closing(stream):

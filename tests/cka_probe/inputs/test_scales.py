@@ -1,6 +1,6 @@
 import pytest
 
-from cka_probe.inputs.scales import check_reference, check_scales, parse_scales
+from cka_probe.inputs.views import check_reference, check_scales, parse_scales
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 
 from cka_probe.inputs.views import (
     View,
-    look,
+    apply_view,
     scale_transforms,
     seeded,
     stack,
@@ -184,7 +184,7 @@ def test_views_of_the_user():
 def test_a_transform_of_the_user_gets_a_copy_before_normalisation():
     image = torch.rand(3, 5, 7)
     before = image.clone()
-    out = look(lambda x: x.mul_(2), image, 0, "a.jpg", "double")
+    out = apply_view(lambda x: x.mul_(2), image, 0, "a.jpg", "double")
     assert torch.equal(image, before)
     assert torch.equal(out, before * 2)
 
@@ -198,14 +198,14 @@ def test_random_transforms_follow_seed_image_and_view_and_leave_no_trace():
     torch.manual_seed(5)
     random.seed(5)
     state, python_state = torch.get_rng_state(), random.getstate()
-    first = look(noise, image, 0, "a.jpg", "v")
+    first = apply_view(noise, image, 0, "a.jpg", "v")
     assert torch.equal(torch.get_rng_state(), state)
     assert random.getstate() == python_state
     torch.manual_seed(6)
     random.seed(6)
-    assert torch.equal(look(noise, image, 0, "a.jpg", "v"), first)
+    assert torch.equal(apply_view(noise, image, 0, "a.jpg", "v"), first)
     others = [(1, "a.jpg", "v"), (0, "b.jpg", "v"), (0, "a.jpg", "w")]
-    values = [first, *(look(noise, image, *key) for key in others)]
+    values = [first, *(apply_view(noise, image, *key) for key in others)]
     assert len({float(v[0, 0, 0]) for v in values}) == 4
 
 
@@ -226,15 +226,15 @@ def test_faults_of_a_transform_name_the_view_and_the_image():
     with pytest.raises(
         ValueError, match=r"^view 'v' failed: image 'a.jpg', KeyError \('k'\): chec"
     ):
-        look(lambda x: {}["k"], image, 0, "a.jpg", "v")
+        apply_view(lambda x: {}["k"], image, 0, "a.jpg", "v")
     with pytest.raises(TypeError, match=r"^view 'v' gives no tensor: Image: end its transform"):
-        look(v2.ToPILImage(), image, 0, "a.jpg", "v")
+        apply_view(v2.ToPILImage(), image, 0, "a.jpg", "v")
 
 
 def test_stacking_names_two_images_that_differ():
     images = [torch.zeros(3, 4, 4), torch.zeros(3, 4, 4), torch.zeros(3, 4, 5)]
     assert stack("v", images[:2], ["a", "b"]).shape == (2, 3, 4, 4)
-    with pytest.raises(ValueError, match=r"'a' \(3, 4, 4\) and 'c' \(3, 4, 5\) in view 'v': give"):
+    with pytest.raises(ValueError, match=r"'a' \(3, 4, 4\) and 'c' \(3, 4, 5\) in view 'v': resize"):
         stack("v", images, ["a", "b", "c"])
 
 

@@ -222,7 +222,7 @@ def test_bad_model_arguments(pairs):
 
 
 def test_the_embedded_network_by_name():
-    from cka_probe.models.glyphnet import glyphnet
+    from cka_probe.models.embedded import glyphnet
 
     loaded = load_model("glyphnet")
     assert (loaded.name, loaded.input_size, loaded.weights) == (

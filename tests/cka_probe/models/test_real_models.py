@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from cka_probe.inputs.batches import batches, open_images
+from cka_probe.inputs.batches import iterate_batches, open_images
 from cka_probe.inputs.views import scale_transforms
 from cka_probe.models.load import load_model
 
@@ -37,7 +37,7 @@ def run(loaded, folder, side_px, n_images):
     source = open_images(folder, n_images=n_images)
     views = scale_transforms([side_px], mean=loaded.mean, std=loaded.std)
     ids, logits = [], []
-    for batch in batches(source, views, batch_size=40, seed=0):
+    for batch in iterate_batches(source, views, batch_size=40, seed=0):
         ids += batch.ids
         with torch.no_grad():
             logits.append(loaded.model(batch.views[str(side_px)]))

@@ -160,7 +160,7 @@ def test_a_file_that_is_no_image_is_told_with_a_way_out_that_there_is(capsys, wo
         (["--rows", "0,1"], "bad rows: 2 rows of 3 outputs for 3 classes: "),
         (["--rows", "a,b"], "no list of whole numbers for --rows: 'a,b': "),
         (["--model-arg", "classes=5"],
-         "head does not fit the data: 5 outputs for the 3 classes of 'train': "),
+         "classifier does not fit the data: 5 outputs for the 3 classes of 'train': "),
         (["--growth", "0"], "growth out of range: 0.0: "),
         (["--flip", "maybe"], "bad --flip: 'maybe': "),
         (["--crop-area", "1,x"], "no list of numbers for --crop-area: '1,x': "),

@@ -205,7 +205,7 @@ def test_what_a_dataset_refuses():
         open_labelled(torch.zeros(3, 1, 2, 2))
     with pytest.raises(ValueError, match="split of something without splits: 'test': "):
         open_labelled(Pictures([0]), split="test")
-    with pytest.raises(ValueError, match="too few images: 0 of "):
+    with pytest.raises(ValueError, match="too few images: 0 in "):
         open_labelled(Pictures([]))
 
 

@@ -11,7 +11,7 @@ from measured import QUIET, Tiny, photographs, tensors
 from torch import nn
 from torch.utils.data import Dataset
 
-from cka_probe.engine import minibatch as estimators
+from cka_probe.engine import batch_gram as estimators
 from cka_probe.inputs.batches import ImageError
 from msun import build, evaluate
 from msun.data.labelled import open_labelled

@@ -10,7 +10,7 @@ import zoo
 from torch import nn
 
 import msun
-from cka_probe.models.glyphnet import glyphnet
+from cka_probe.models.embedded import glyphnet
 from cka_probe.models.load import load_model
 from msun.cli import main as cli
 from msun.network.kernel_resize import resampled
@@ -193,8 +193,8 @@ def test_what_a_loaded_model_brings():
         ({"norm": "x"}, r"^unknown norm policy: 'x': "),
         ({"start": "cold"}, r"^unknown start: 'cold': choose 'copied', 'resampled', 'dilated'"),
         ({"subnets": "shared", "start": "resampled"}, r"^shared subnets cannot start resampled: "),
-        ({"scales": []}, r"^scales must be one or more different sides: none: "),
-        ({"scales": [16, 16]}, r"^scales must be one or more different sides: 16,16: "),
+        ({"scales": []}, r"^no scales: none: "),
+        ({"scales": [16, 16]}, r"^scale given twice: 16: "),
         ({"at": "layer7"}, r"^unknown module: 'layer7': "),
         ({"at": "layer1.0.conv1"}, r"^no valid cut after this module: 'layer1.0.conv1', "),
     ],

@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 import msun
-from cka_probe.models.glyphnet import glyphnet
+from cka_probe.models.embedded import glyphnet
 from cka_probe.models.load import load_model
 from msun.network import checkpoint
 from msun.network.norms import recalibrate

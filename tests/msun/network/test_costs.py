@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 import msun
-from cka_probe.models.glyphnet import glyphnet
+from cka_probe.models.embedded import glyphnet
 from msun.cutting.cuts import example_images, find_cuts
 from msun.network.costs import subnet_costs
 from msun.network.shape_probe import ShapeProbe

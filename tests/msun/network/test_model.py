@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import msun
 from cka_probe.activations.macs import MacCounter
-from cka_probe.models.glyphnet import glyphnet
+from cka_probe.models.embedded import glyphnet
 from msun.network.model import MSUN, resized
 from msun.network.norms import recalibrate, sized_norms
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import msun
-from cka_probe.models.glyphnet import glyphnet
+from cka_probe.models.embedded import glyphnet
 from msun.network.policy import Policy
 
 

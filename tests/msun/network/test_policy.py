@@ -131,10 +131,10 @@ def test_presets_and_their_choices():
 def test_scales_are_sorted_and_checked():
     assert check_scales([224, 32, 128]) == PAPER
     for bad, text in (
-        ([], "different sides: none: "), ([8, 8], "different sides: 8,8: "), ([0, 8], "scale: 0: ")
+        ([], "no scales: none: give"), ([8, 8], "scale given twice: 8: "), ([0, 8], "scale: 0: ")
     ):  # fmt: skip
         with pytest.raises(ValueError, match=text):
             check_scales(bad)
     for bad in ([8.5], ["8"], [True]):
-        with pytest.raises(TypeError, match=r"^scale is no whole number"):
+        with pytest.raises(TypeError, match=r"^bad scale: "):
             check_scales(bad)

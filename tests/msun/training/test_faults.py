@@ -122,7 +122,7 @@ def test_fp16_skips_single_steps_and_gives_up_on_many(tmp_path, monkeypatch):
     ("changes", "text"),
     [
         ({"data": images(48, classes=5)},
-         r"head does not fit the data: 4 outputs for the 5 classes of 'tensor 48x3x16x16': "),
+         r"classifier does not fit the data: 4 outputs for the 5 classes of 'tensor 48x3x16x16': "),
         ({"rows": [0, 1]}, "bad rows: 2 rows of 4 outputs for 4 classes: "),
         ({"rows": [0, 1, 2, 4]}, "bad rows: 4 rows of 4 outputs"),
         ({"rows": [0, 1, 2, 2]}, "bad rows: "),

@@ -11,7 +11,7 @@ from training import run, same, weights
 
 import msun
 from cka_probe.inputs.views import resize
-from cka_probe.models.glyphnet import glyphnet
+from cka_probe.models.embedded import glyphnet
 from msun.data.crops import Augment, Crops
 from msun.data.labelled import open_labelled
 from msun.network.policy import is_native, served
