@@ -1,7 +1,7 @@
 """Several processes that share one job, as torchrun starts them; one process is the rule.
 
 A process that dies ends the job: torchrun stops the others, and without torchrun their next
-collective fails. A process that hangs is named by the barrier once the group's timeout is over.
+collective fails. A process that hangs ends it when the group's timeout is over.
 """
 
 from __future__ import annotations
@@ -75,10 +75,8 @@ class Ranks:
         """
         if self.size > 1:
             with _collective():
-                if dist.get_backend() == "gloo":  # names the processes that are missing
-                    dist.monitored_barrier(timeout=TIMEOUT, wait_all_ranks=True)
-                else:
-                    dist.barrier()
+                # not monitored_barrier, which writes lines of its own to stderr
+                dist.barrier()
 
     def gather(self, value: Any) -> list[Any]:
         """Values of all processes, by rank, on rank 0; an empty list on the others.

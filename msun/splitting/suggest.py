@@ -54,7 +54,7 @@ def suggest_split(
         growth: the further subnets must add less than this, for `affordable`: a share of the
             parameters before the network's last valid cut, probed or not, so of its features
             without what classifies them. The sizes of the report are taken for the scales.
-        costs: what `subnet_costs` or `head_costs` gave. A report holds what the whole network
+        costs: the frame of `subnet_costs`. A report holds what the whole network
             costs, not what the part before a cut does, so without it no GMACs are given.
 
     Returns:

@@ -152,7 +152,6 @@ def test_a_split_is_suggested_as_the_words_say(split):
     assert page.count("<tr") == 1 + len(told["ranking"])
     assert len(shown["curve"]["image/png"]) > 5000
     assert answers["affordable"] == told["layer"] != answers["recovery"]
-    assert answers["threshold"] == "None"
     assert answers["cheap"] == "stem"
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from training import images, network, options, run, same, weights
 
+from cka_probe.distributed.ranks import started
 from msun.network.norms import recalibrate
 from msun.training.config import TrainConfig
-from msun.training.step import TrainingStep
+from msun.training.step import DivergedError, TrainingStep
 from msun.training.trainer import train
 
 
@@ -106,6 +107,21 @@ def test_statistics_that_overflow_are_not_saved(tmp_path):
     with pytest.raises(ValueError, match=text):
         run(tmp_path / "out", data=(x, y), augment="none", val_share=0.0)
     assert not (tmp_path / "out" / "state.pt").exists()
+
+
+def test_nan_beside_minus_infinity_is_no_state_to_save():
+    net = network()
+    place = {"total": 5, "kind": "normalised", "rows": None, "shards": 1}
+    with started(torch.device("cpu")) as ranks:
+        training = TrainingStep(
+            net, options("unused"), ranks=ranks, device=torch.device("cpu"), **place
+        )
+        mean = net.tail.get_submodule("body.1").norm.running_mean
+        mean[0] = -math.inf  # a mask may hold it
+        training.state()
+        mean[1] = math.nan
+        with pytest.raises(DivergedError, match=r"running_mean is not finite$"):
+            training.state()
 
 
 def test_fp16_skips_single_steps_and_gives_up_on_many(tmp_path, monkeypatch):
