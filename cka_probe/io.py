@@ -42,7 +42,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise IsADirectoryError(f"a folder, no file: {path}: give the name of a file")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no such folder: {path.parent}: make it first")
-    temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
+    temporary = path.with_name(f".cka-probe-{secrets.token_hex(8)}{path.suffix}")
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -56,8 +56,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-# What `replacing` and a command line that was killed leave behind: names that nobody else uses.
-_PARTIAL = re.compile(r"\.([0-9a-f]{16}\.(npz|csv|png|html|pt|json)|(writing|writable)-.*)")
+# What a killed run leaves behind: the temporary files of `replacing` (any suffix), those of older
+# versions (16 hexadecimal digits alone), and the folders in which a command collects its files.
+_PARTIAL = re.compile(
+    r"\.(cka-probe-[0-9a-f]{16}(\..*)?|[0-9a-f]{16}\.(npz|csv|png|html|pt|json)"
+    r"|(writing|writable)-.*)"
+)
 
 
 def remove_partial_files(folder: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -67,6 +66,8 @@ _DRAWS = 12  # uniform numbers an image takes before its noise
 @lru_cache(maxsize=len(TEST_FACES))
 def _masters(face: str) -> Tensor:
     """All characters of a face, once, large: (62, 128, 128) uint8, ink 255, on one base line."""
+    import matplotlib  # only its font files are used, and only where characters are drawn
+
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", face)
     if not path.is_file():
         raise ValueError(

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchvision import models as torchvision_models
 
 from cka_probe.errors import one_line
 from cka_probe.models.embedded import glyphnet
 from cka_probe.models.preprocessing import IMAGENET
 from cka_probe.models.weights import OTHER_MODEL, check_finite, fit, read_weights
+from cka_probe.rng import preserved_rng
 
 __all__ = ["LoadedModel", "load_model", "parse_model_args"]
 
@@ -92,7 +92,7 @@ def load_model(
             that hold NaN or infinity.
     """
     kind, args = str(weights), dict(model_args or {})
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with _quiet(), preserved_rng():
         file = None if kind in ("DEFAULT", "none") else read_weights(Path(kind).expanduser())
         torch.default_generator.manual_seed(seed)
         if spec.startswith("timm:"):
@@ -161,6 +161,8 @@ def _quiet() -> Iterator[None]:
 
 def _from_torchvision(name: str, default: bool, args: dict[str, Any]) -> _Built:
     """Any of torchvision's names; its default weights tell the preprocessing either way."""
+    from torchvision import models as torchvision_models  # seconds: only where a name needs it
+
     try:
         build = torchvision_models.get_model_builder(name)
     except ValueError as error:
@@ -270,6 +272,8 @@ def _build(make: Callable[..., Any], args: dict[str, Any], name: str, default: b
 
 def _unknown(spec: str) -> ValueError:
     """The error for a name that nobody knows, with near ones."""
+    from torchvision import models as torchvision_models  # seconds: only where a name needs it
+
     known = [] if spec.startswith("timm:") else list(torchvision_models.list_models())
     with contextlib.suppress(ImportError):
         import timm

@@ -234,7 +234,9 @@ def test_faults_of_a_transform_name_the_view_and_the_image():
 def test_stacking_names_two_images_that_differ():
     images = [torch.zeros(3, 4, 4), torch.zeros(3, 4, 4), torch.zeros(3, 4, 5)]
     assert stack("v", images[:2], ["a", "b"]).shape == (2, 3, 4, 4)
-    with pytest.raises(ValueError, match=r"'a' \(3, 4, 4\) and 'c' \(3, 4, 5\) in view 'v': resize"):
+    with pytest.raises(
+        ValueError, match=r"'a' \(3, 4, 4\) and 'c' \(3, 4, 5\) in view 'v': resize"
+    ):
         stack("v", images, ["a", "b", "c"])
 
 
