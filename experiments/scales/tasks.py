@@ -108,8 +108,9 @@ class Held(Labelled):
         picked = torch.as_tensor(rows, dtype=torch.int64)
         return self.images[picked].float().div_(127.5).sub_(1), self.labels[picked]
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, progress: bool = False) -> str:
         """Over every value."""
+        del progress
         sha = hashlib.sha256(str(tuple(self.images.shape)).encode())
         for start in range(0, len(self), 1024):
             sha.update(self.images[start : start + 1024].cpu().numpy().tobytes())

@@ -169,7 +169,9 @@ class _Survey:
 
     def _check(self, at: str | None) -> None:
         tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
-        if made := next((name for name, tensor in tensors if tensor.is_inference()), None):
+        # parameters of lazy modules have no such property yet; tracing names them later
+        real = ((name, x) for name, x in tensors if not nn.parameter.is_lazy(x))
+        if made := next((name for name, tensor in real if tensor.is_inference()), None):
             raise ValueError(
                 f"a network made in inference mode: {made!r}: make or load it outside of "
                 "torch.inference_mode()"

@@ -51,6 +51,8 @@ def network(width, layers):
 
 
 def main():
+    import torch._dynamo  # what a forecast on the meta device loads, in every process
+
     ask = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     n, side, estimator = ask.pop("n"), ask.pop("side"), ask.pop("estimator")

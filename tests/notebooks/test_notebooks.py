@@ -94,7 +94,7 @@ def test_pictures_are_there(executed):
     for name in ("curve", "grid", "mean-curve"):
         assert len(shown[name]["image/png"]) > 5000, name
     assert "data:image/png;base64," in shown["run"]["text/html"]
-    assert "is least like itself in" in shown["run"]["text/html"]
+    assert "changes most: its CKA with itself" in shown["run"]["text/html"]
 
 
 @pytest.mark.parametrize("cell", ["run", "kernel", "reduce"])

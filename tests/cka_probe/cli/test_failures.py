@@ -11,7 +11,6 @@ from shell import furnish, words
 from cka_probe import Report
 from cka_probe.cli.main import main
 from cka_probe.inputs.decode import ImageError
-from cka_probe.io import load_npz, save_npz
 from cka_probe.probing import state
 
 
@@ -130,25 +129,6 @@ def test_a_disk_that_does_not_answer_costs_no_state(place, tmp_path, monkeypatch
     assert main(words(place, out, "--quiet", "--batch-size", "4", "--resume")) == 0
 
 
-def test_a_state_of_an_earlier_version_goes_on_with_what_it_left_out(tmp_path):
-    from cka_probe.engine.minibatch import Minibatch
-
-    def filled():
-        one = Minibatch(4)
-        for key in "ab":
-            one.update((key, state.Tap("m", None, 0)), torch.randn(8, 3))
-        one.end_batch(0)
-        return one
-
-    saver = state.Saver(tmp_path, {"seed": 0}, 32)
-    saver.save(filled(), 1, [(0, ["lost.png"], ["few.png"])])
-    assert saver.load(Minibatch(4), torch.device("cpu")) == (1, [(0, ["lost.png"], ["few.png"])])
-    path = tmp_path / "state.npz"
-    arrays, meta = load_npz(path, state._SUMS, version=2)
-    save_npz(path, arrays, {**meta, "bad": [[0, ["lost.png", "few.png"]]]}, version=2)
-    assert saver.load(Minibatch(4), torch.device("cpu")) == (1, [(0, ["lost.png", "few.png"], [])])
-
-
 def fails_late(argv, saved, seed):
     saved.clear()
     assert main([*argv, "--seed", str(seed)]) == 2
@@ -209,7 +189,6 @@ def test_an_out_that_begins_with_a_dash(place, tmp_path, monkeypatch):
 
 
 def test_a_reference_needs_scales_and_buffers_that_are_not_saved_count():
-    import torch
 
     from cka_probe import probe
     from cka_probe.provenance import model_sha256

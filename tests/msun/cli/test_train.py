@@ -151,7 +151,7 @@ def test_a_file_that_is_no_image_is_told_with_a_way_out_that_there_is(capsys, wo
     sorted(data.rglob("*.png"))[0].write_bytes(b"no image")
     error = refused(capsys, *words)
     assert "cannot read image" in error
-    assert error.endswith("mend the file or remove it\n")
+    assert error.endswith("repair the file or remove it\n")
 
 
 @pytest.mark.parametrize(

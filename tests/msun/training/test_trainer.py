@@ -197,12 +197,14 @@ def test_shards_are_separate_batches_for_batch_norm(tmp_path):
 
 
 DDP = """
-import sys
+import json, os, sys
+from pathlib import Path
 sys.path.insert(0, {here!r})
 import torch
 torch.set_num_threads(1)
 from training import run
-run({out!r}, shards={n}, save_every_s=0.0)
+model, _ = run({out!r}, shards={n}, save_every_s=0.0)
+(Path({out!r}).parent / f"spec-{{os.environ['RANK']}}.json").write_text(json.dumps(model.spec))
 """
 
 
@@ -228,6 +230,8 @@ def test_processes_equal_one_that_runs_all_shards(tmp_path, n):
             assert float(a[key]) == pytest.approx(float(b[key]), rel=1e-4), key
     config = json.loads((tmp_path / "two" / "config.json").read_text())
     assert config["processes"] == n
+    specs = [json.loads((tmp_path / f"spec-{rank}.json").read_text()) for rank in range(n)]
+    assert specs == [json.loads(json.dumps(want.spec))] * n, "known on every process"
     assert config["run"] == json.loads((path.parent / "config.json").read_text())["run"]
     assert "step" not in done.stdout
 
