@@ -60,7 +60,7 @@ class Measured:
         self._path = names[at] if at is not None else None
         self.target, self._stack = device, ExitStack()
         self._kept: Tensor | None = None
-        self._shadow: ShapeProbe | None = None
+        self._probe: ShapeProbe | None = None
 
     @property
     def device(self) -> torch.device:
@@ -179,10 +179,10 @@ class Measured:
         if isinstance(self.model, MSUN):
             return self.model.macs(side_px)
         shape = (1, channels, side_px, side_px)
-        if self._shadow is None:
-            self._shadow = ShapeProbe(self.model, shape)
-        seen = self._shadow.see(shape)
-        return float("nan") if seen.fault else seen.macs
+        if self._probe is None:
+            self._probe = ShapeProbe(self.model, shape)
+        result = self._probe.run(shape)
+        return float("nan") if result.fault else result.macs
 
     def latency_ms(self, shape: tuple[int, ...]) -> float:
         """How long one forward takes here and now: the median of 3 to 15 runs after one more.

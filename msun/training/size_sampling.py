@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from msun.network.model import MSUN
-from msun.network.policy import is_native, served
+from msun.network.policy import is_native, served_sides
 
 __all__ = ["ranges", "share", "step_macs"]
 
@@ -37,7 +37,7 @@ def ranges(net: MSUN) -> dict[int, tuple[int, int]]:
     Args:
         net: the network.
     """
-    found = served(net.scales, net.policy.routing)
+    found = served_sides(net.scales, net.policy.routing)
     for scale, (low, high) in found.items():
         native = is_native(net.policy, scale, net.reference)
         if native and not all(_takes(net, side, scale) for side in range(low, high + 1)):

@@ -104,7 +104,7 @@ class _Run:
         self._crops()
         rows = self._head()
         kind = config.constraint or model.policy.constraint
-        with norms.set_aside(model):  # they are dropped with the first step
+        with norms.without_calibration(model):  # they are dropped with the first step
             sha256 = model_sha256(model)
         self.run = plain(
             {
@@ -199,7 +199,7 @@ class _Run:
         state = train_state.load_state(out, self.run) if config.resume else None
         for norm in norms.sized_norms(self.model):  # statistics of other weights
             for size in list(norm.sizes):
-                norm.forget(size)
+                norm.remove(size)
         if state is not None:
             self.descent.load(state)
             self.table, self.seconds = state["table"], state["seconds"]

@@ -48,7 +48,7 @@ def test_the_seed_draws_it_and_the_global_state_is_left():
 
 def test_refused_where_there_is_none():
     tokens = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Softmax(1))
-    with pytest.raises(ValueError, match=r"^no classifier to make new: Sequential does not end"):
+    with pytest.raises(ValueError, match=r"^no classifier to replace: Sequential does not end"):
         msun.replace_classifier(tokens, 3)
     with pytest.raises(ValueError, match=r"^bad number of classes: 0: "):
         msun.replace_classifier(tokens, 0)

@@ -14,7 +14,7 @@ from cka_probe.inputs.views import resize
 from cka_probe.models.glyphnet import glyphnet
 from msun.data.crops import Augment, Crops
 from msun.data.labelled import open_labelled
-from msun.network.policy import is_native, served
+from msun.network.policy import is_native, served_sides
 from msun.training.size_sampling import ranges, share, step_macs
 
 SCALES = (16, 32, 64)
@@ -40,7 +40,7 @@ def test_macs_of_a_step_are_those_of_the_sizes_drawn(inputs, often):
     data = open_labelled((torch.rand(3000, 3, 4, 4), torch.zeros(3000, dtype=torch.int64)))
     native = tuple(s for s in SCALES if is_native(own.policy, s, own.reference))
     whole = Augment(area=(1, 1), ratio=(1, 1), flip=False)
-    ranges = tuple(served(SCALES, own.policy.routing).values())
+    ranges = tuple(served_sides(SCALES, own.policy.routing).values())
     crops = Crops(data, SCALES, whole, None, None, 0, ranges, often, native)
     costs = {}
 
@@ -73,7 +73,7 @@ def test_each_scale_also_learns_the_sizes_that_it_serves(tmp_path, monkeypatch):
     half, _ = run(tmp_path / "half", epochs=3)
     other, _ = run(tmp_path / "other", epochs=3, between=1.0)
     run(tmp_path / "paper", preset="paper", max_steps=2)
-    ranges = tuple(served(TWO, plain.policy.routing).values())
+    ranges = tuple(served_sides(TWO, plain.policy.routing).values())
     assert [args[6:] for args in seen if args[2] is not None] == [
         ((), 0.0, TWO[-1:]), (ranges, 0.5, TWO[-1:]), (ranges, 1.0, TWO[-1:]),
         ((), 0.0, TWO),
