@@ -34,7 +34,7 @@ def test_a_killed_run_goes_on_and_everything_is_drawn_from_the_tables(tmp_path, 
     for arm in ("lean", "lean+small", "single"):
         whole.execute(short(arm))
 
-    killed, descend = bench(tmp_path / "killed"), TrainingStep.descend
+    killed, descend = bench(tmp_path / "killed"), TrainingStep.run
 
     def until_the_second_epoch(self, *args):
         if self.step == 5:
