@@ -1,4 +1,4 @@
-"""What a network and a set of images must agree on: normalisation, classes, the largest size."""
+"""Resolve the inputs of an evaluation: images, sizes, and their preprocessing for a network."""
 
 from __future__ import annotations
 
@@ -13,21 +13,33 @@ from cka_probe.models.load import LoadedModel
 from msun.data.labelled import Labelled, open_labelled
 from msun.network.model import MSUN
 
-__all__ = ["Feed", "feeding", "normalisation", "open_tests", "reference_of", "rows_for"]
+__all__ = ["Feed", "network_spec", "open_tests", "reference_side", "resolve_feed"]
+__all__ += ["resolve_mean_std"]
 
 Feed = Callable[[int], int]
-Channels = tuple[float, ...] | None
+Channels = tuple[float, ...] | None  # one value per channel
 
 
-def _spec(model: nn.Module | LoadedModel) -> Mapping[str, Any]:
-    """What a network says of itself."""
+def network_spec(model: nn.Module | LoadedModel) -> Mapping[str, Any]:
+    """The description of a network: mean, std, classes and so on; {} if there is none.
+
+    Args:
+        model: the network.
+    """
     if isinstance(model, LoadedModel):
         return vars(model)
     return model.spec if isinstance(model, MSUN) else {}
 
 
 def open_tests(data: Any, split: str | None, n_images: int | None, seed: int) -> Labelled:
-    """Open images to test on: as `open_labelled`, but the glyphs are those of the test split."""
+    """Open test images: as `open_labelled`, but glyphs are by default those of the test split.
+
+    Args:
+        data: labelled images, as for `open_labelled`.
+        split: name of the split; None for the default.
+        n_images: size of a random subset; None for all.
+        seed: seed of the subset.
+    """
     if isinstance(data, Labelled) and (split is not None or n_images is not None):
         text = f"split {split!r}, n_images {n_images}"
         raise ValueError(f"images that are open already: {text}: give these to open_labelled")
@@ -36,30 +48,30 @@ def open_tests(data: Any, split: str | None, n_images: int | None, seed: int) ->
     return open_labelled(data, split=split, n_images=n_images, seed=seed)
 
 
-def reference_of(model: nn.Module | LoadedModel, sides: Sequence[int]) -> int:
-    """The side at which a network is at home.
+def reference_side(model: nn.Module | LoadedModel, sides: Sequence[int]) -> int:
+    """The default reference of an evaluation.
 
     Args:
         model: the network.
-        sides: that it is shown, in pixels.
+        sides: sides of the evaluation, in pixels.
 
     Returns:
-        An MSUN's own, a loaded model's input size, else the largest of the sides.
+        The reference of an MSUN, the input size of a loaded model, else the largest side.
     """
     if isinstance(model, MSUN):
         return model.reference
     return (model.input_size if isinstance(model, LoadedModel) else None) or max(sides)
 
 
-def feeding(feed: str | Feed, reference: int) -> Feed:
-    """What is fed for images of a size.
+def resolve_feed(feed: str | Feed, reference: int) -> Feed:
+    """Resolve the option `feed` to a function from image side to input side.
 
     Args:
-        feed: "native", "upsampled", or a callable, side -> side in pixels.
-        reference: the side that "upsampled" feeds.
+        feed: "native", "upsampled", or a callable from side to side in pixels.
+        reference: input side of "upsampled".
 
     Returns:
-        A callable that raises `ValueError` where a callable gives no side.
+        The function. It raises `ValueError` if the callable does not return a side.
 
     Raises:
         ValueError: an unknown name.
@@ -71,7 +83,7 @@ def feeding(feed: str | Feed, reference: int) -> Feed:
 
     def checked(side: int) -> int:
         value = feed(side)
-        whole = hasattr(value, "__index__") and not isinstance(value, bool)  # NumPy's too
+        whole = hasattr(value, "__index__") and not isinstance(value, bool)  # NumPy integers too
         if not whole or value < 1:
             raise ValueError(f"bad feed: {value!r} for {side} px: return a side in pixels")
         return operator.index(value)
@@ -79,80 +91,28 @@ def feeding(feed: str | Feed, reference: int) -> Feed:
     return checked
 
 
-def normalisation(
+def resolve_mean_std(
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
     model: nn.Module | LoadedModel,
     source: Labelled,
 ) -> tuple[Channels, Channels]:
-    """Channel means and standard deviations for the images.
+    """Resolve the channel means and standard deviations of the preprocessing.
 
     Args:
-        mean: what was asked for, or None.
-        std: likewise.
-        model: which may say what its images need.
-        source: the images; those that come as tensors are used as they are.
+        mean: the option; None for the default.
+        std: the option; None for the default.
+        model: the network, which may have them in its description.
+        source: the images; tensors are not normalised by default.
 
     Returns:
-        What was asked for; else for pixels what the network says, else the data.
+        (mean, std): the options; else, for pixels, those of the network, else of the data.
 
     Raises:
-        ValueError: only one of both, or no numbers.
+        ValueError: only one of both, or values that are no numbers.
     """
     if mean is None and std is None and source.is_pixels:
-        spec = _spec(model)
+        spec = network_spec(model)
         mean, std = spec.get("mean") or source.mean, spec.get("std") or source.std
     view = View(mean=None if mean is None else tuple(mean), std=None if std is None else tuple(std))
     return view.mean, view.std
-
-
-def rows_for(
-    asked: Sequence[int] | None, outputs: int, source: Labelled, model: nn.Module | LoadedModel
-) -> list[int] | None:
-    """The outputs that stand for the classes of the data.
-
-    Args:
-        asked: one for each class, in order; None finds them.
-        outputs: how many the network has.
-        source: the images.
-        model: the network; if its `spec` names its classes, and the rows that stand for them,
-            those of the data are looked up there.
-
-    Returns:
-        The outputs; None for all of them. Where the data's classes are mere numbers, as with
-        tensors, the last ones need not occur.
-
-    Raises:
-        ValueError: they do not fit.
-    """
-    classes = source.classes
-    if asked is not None:
-        rows = [int(row) for row in asked]
-        if len(rows) != len(classes) or len(set(rows)) < len(rows):
-            text = f"{len(rows)} rows for {len(classes)} classes of {source.name!r}"
-            raise ValueError(f"rows do not fit the classes: {text}: give each class its own row")
-        if bad := [row for row in rows if not 0 <= row < outputs]:
-            raise ValueError(f"no such output: row {bad[0]}: give 0 to {outputs - 1}")
-        return rows
-    spec = _spec(model)
-    known = [str(name) for name in spec.get("classes") or ()]
-    outs = [int(row) for row in spec.get("rows") or range(len(known))]
-    numbered = not source.is_pixels and list(classes) == _numbers(len(classes))
-    if numbered and len(known) > len(classes) and known == _numbers(len(known)):
-        classes = tuple(known)
-    paired = len(outs) == len(known) and (spec.get("rows") is not None or len(known) == outputs)
-    if known and paired and set(classes) <= set(known) and max(outs) < outputs:
-        rows = [outs[known.index(name)] for name in classes]
-        return None if rows == list(range(outputs)) else rows
-    if outputs == len(classes) or (numbered and outputs > len(classes)):
-        return None
-    text = f"{outputs} outputs for {len(classes)} classes of {source.name!r}"
-    raise ValueError(
-        f"outputs do not fit the classes: {text}: give rows (--rows), the outputs that stand for "
-        "the classes"
-    )
-
-
-def _numbers(n: int) -> list[str]:
-    """The names of classes that have none."""
-    return [str(k) for k in range(n)]
