@@ -19,7 +19,7 @@ from msun.network.functional_layers import with_functional_modules
 from msun.network.kernel_resize import STARTS, resample_first
 from msun.network.model import MSUN, Origin
 from msun.network.norms import install
-from msun.network.paper import Recipe, paper_recipe, paper_subnet
+from msun.network.paper import PaperDesign, paper_design, paper_subnet
 from msun.network.policy import RAW_TAU, Policy, check_scales, merge_grid, policy_of
 from msun.network.shape_probe import ShapeProbe
 from msun.network.stride_removal import remove_strides
@@ -103,16 +103,16 @@ def build(
     private = sides if policy.norm == "private" and len(sides) > 1 else None
     if policy.subnets == "shared":
         install(head, private)
-    recipe, why = None, ""
+    design, why = None, ""
     if preset == "paper":
-        recipe, why = _recipe(model, at, example, sides, policy, start)
-    made, changes = small_subnets(head, sides, policy, recipe, start, example, axes)
+        design, why = _paper_design(model, at, example, sides, policy, start)
+    made, changes = small_subnets(head, sides, policy, design, start, example, axes)
     for own in made.values() if policy.subnets == "own" else ():
         install(own)
     install(tail, private)
-    source = f"hand-made as in the paper: {recipe.name}" if recipe else "strides taken out"
-    if recipe is not None and recipe.tau != RAW_TAU:
-        known["tau"] = recipe.tau
+    source = f"hand-made as in the paper: {design.name}" if design else "strides taken out"
+    if design is not None and design.tau != RAW_TAU:
+        known["tau"] = design.tau
     net = MSUN(
         made,
         tail,
@@ -215,29 +215,29 @@ def map_axes(head: Part, example: Tensor) -> tuple[int, int]:
     return (1, 2) if here[1] == here[2] != here[3] else (2, 3)
 
 
-def _recipe(
+def _paper_design(
     model: nn.Module,
     at: str,
     example: Tensor,
     sides: tuple[int, ...],
     policy: Policy,
     start: str,
-) -> tuple[Recipe | None, str]:
+) -> tuple[PaperDesign | None, str]:
     """The paper's hand-made subnets and "", or None and the reason why there are none."""
     if policy.subnets == "shared" or start == "dilated":
         return None, "the paper's subnets have weights of their own and are not dilated"
-    recipe, why = paper_recipe(model, (at,), sides)
-    if recipe is None and "cuts" in why:  # the same cut may have other names
+    design, why = paper_design(model, (at,), sides)
+    if design is None and "cuts" in why:  # the same cut may have other names
         names = next((c.names for c in find_cuts(model, example) if at in c.names), (at,))
-        recipe, why = paper_recipe(model, names, sides)
-    return recipe, why
+        design, why = paper_design(model, names, sides)
+    return design, why
 
 
 def small_subnets(
     head: Part,
     sides: tuple[int, ...],
     policy: Policy,
-    recipe: Recipe | None,
+    design: PaperDesign | None,
     start: str,
     example: Tensor,
     axes: tuple[int, int],
@@ -248,7 +248,7 @@ def small_subnets(
         head: the head of the backbone, which is the subnet of the reference.
         sides: scales in pixels, ascending; the last is the reference.
         policy: the policy of the network.
-        recipe: the paper's hand-made subnets; None to remove strides.
+        design: the paper's hand-made subnets; None to remove strides.
         start: initial weights of the small subnets, as in `build`.
         example: images at the reference scale, (n, c, h, w).
         axes: axes of rows and columns in the map.
@@ -273,9 +273,9 @@ def small_subnets(
     made, changes = {reference: head}, {reference: ""}
     for side in sides[:-1]:
         own = copy.deepcopy(head) if policy.subnets == "own" else head
-        if recipe is not None:
-            made[side] = paper_subnet(recipe, own, side, resample=start == "resampled")
-            changes[side] = recipe.describe(side)
+        if design is not None:
+            made[side] = paper_subnet(design, own, side, resample=start == "resampled")
+            changes[side] = design.describe(side)
             continue
         wanted = merge_grid(
             policy,

@@ -28,7 +28,7 @@ def replace_classifier(model: Network, classes: int, *, seed: int = 0) -> Networ
     as the network. Auxiliary classifiers of training mode stay as they are.
 
     Args:
-        model: a network that returns logits (n, outputs), or what `load_model` returned.
+        model: a network that returns logits (n, outputs), or a result of `load_model`.
         classes: number of outputs of the copy, at least 1.
         seed: seed of the new weights, which are drawn as the layer's class draws them.
 

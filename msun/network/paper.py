@@ -20,7 +20,7 @@ from msun.network.policy import RAW_TAU
 from msun.network.shallow_copy import copy_path, replace_module, shallow_part
 from msun.network.stride_removal import same_form
 
-__all__ = ["SCALES", "Recipe", "paper_recipe", "paper_subnet"]
+__all__ = ["SCALES", "PaperDesign", "paper_design", "paper_subnet"]
 
 SCALES = (32, 128, 224)
 
@@ -49,7 +49,7 @@ def _describe(change: Change) -> str:
     return f"{side} x {side} stride 1" if isinstance(change, Kernel) else f"stride {side}"
 
 
-class Recipe(NamedTuple):
+class PaperDesign(NamedTuple):
     """The small and the middle subnet of one backbone.
 
     Attributes:
@@ -77,24 +77,24 @@ class Recipe(NamedTuple):
         )
 
 
-_RESNET = Recipe(
+_RESNET = PaperDesign(
     "resnet50", "layer1", {"conv1": Kernel(3, 2), "maxpool": None}, {"conv1": Kernel(5, 2)}
 )
-_DENSENET = Recipe(
+_DENSENET = PaperDesign(
     "densenet121",
     "features.transition1",
     {"features.conv0": Kernel(3, 2), "features.pool0": None},
     {"features.conv0": Kernel(5, 2)},
     tau=0.001,
 )
-_VGG = Recipe(
+_VGG = PaperDesign(
     "vgg16_bn",
     "features.23",
     {"features.6": Stride(1), "features.13": Stride(1), "features.23": Stride(1)},
     {"features.23": Stride(1)},
     tau=0.001,
 )
-_MOBILENET = Recipe(
+_MOBILENET = PaperDesign(
     "mobilenet_v2",
     "features.9",
     {
@@ -106,7 +106,7 @@ _MOBILENET = Recipe(
 )
 
 
-_KNOWN: tuple[tuple[type[nn.Module], Callable[[], nn.Module], Recipe], ...] = (
+_KNOWN: tuple[tuple[type[nn.Module], Callable[[], nn.Module], PaperDesign], ...] = (
     (resnet.ResNet, torchvision.models.resnet50, _RESNET),
     (densenet.DenseNet, torchvision.models.densenet121, _DENSENET),
     (vgg.VGG, torchvision.models.vgg16_bn, _VGG),
@@ -114,9 +114,9 @@ _KNOWN: tuple[tuple[type[nn.Module], Callable[[], nn.Module], Recipe], ...] = (
 )
 
 
-def paper_recipe(
+def paper_design(
     model: nn.Module, names: Collection[str], scales: Sequence[int]
-) -> tuple[Recipe | None, str]:
+) -> tuple[PaperDesign | None, str]:
     """The paper's subnets for a network, if it is one of the four backbones, cut as in the paper.
 
     Args:
@@ -125,20 +125,20 @@ def paper_recipe(
         scales: trained sides in pixels, ascending.
 
     Returns:
-        (recipe, ""), or (None, the reason why there is none).
+        (design, ""), or (None, the reason why there is none).
     """
-    for kind, make, recipe in _KNOWN:
+    for kind, make, design in _KNOWN:
         if type(model) is not kind:
             continue
         with torch.device("meta"):
             stock = make()
         if _layers(model) != _layers(stock):
             continue
-        if recipe.at not in names:
-            return None, f"the paper cuts {recipe.name} after {recipe.at!r}"
+        if design.at not in names:
+            return None, f"the paper cuts {design.name} after {design.at!r}"
         if tuple(scales) != SCALES:
             return None, f"the paper trains at {', '.join(map(str, SCALES))} px"
-        return recipe, ""
+        return design, ""
     return None, "the paper has no subnets for this backbone"
 
 
@@ -151,18 +151,18 @@ def _layers(model: nn.Module) -> dict[str, str]:
     }
 
 
-def paper_subnet(recipe: Recipe, head: Part, scale: int, *, resample: bool) -> Part:
+def paper_subnet(design: PaperDesign, head: Part, scale: int, *, resample: bool) -> Part:
     """The paper's subnet of a scale, which shares unchanged modules with the head.
 
     Args:
-        recipe: the changes.
+        design: the changes.
         head: the head of the backbone; left unchanged.
         scale: 32, 128 or 224 px; no changes at 224.
         resample: whether kernels of another size start as the resampled old kernel; else they start
             as its centre.
     """
     made = shallow_part(head)
-    for path, change in recipe.at_scale(scale).items():
+    for path, change in design.at_scale(scale).items():
         old: Any = head.get_submodule(path)
         if change is None:
             replace_module(made, path, nn.Identity())

@@ -91,7 +91,7 @@ _VALUES: dict[str, tuple[object, ...]] = {
 POLICIES: dict[str, Policy] = {
     # Liu, Zhu, Liu 2024, arXiv 2403.18294
     "paper": Policy(merge="full", norm="shared", routing="ceil", antialias=False, constraint="raw"),
-    # `inputs` and `strides` won the comparison in experiments/scales
+    # `inputs` and `strides` were chosen in experiments/scales
     "lean": Policy(inputs="small", strides="first"),
 }
 

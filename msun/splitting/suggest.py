@@ -130,13 +130,11 @@ def check_options(
         TypeError: a rule of a wrong type.
         ValueError: an unknown rule, or a number out of range.
     """
-    numbers = {"delta": delta, "growth": growth}
-    for what, number in numbers.items():
+    for name, number in (("delta", delta), ("growth", growth)):
         if not isinstance(number, Real) or isinstance(number, bool):
-            raise ValueError(f"{what} is no number: {number!r}: give one such as 0.5")
-    for what, number in (("delta", delta),):
-        if not 0 <= number <= 1:
-            raise ValueError(f"{what} out of range: {number}: give a difference in CKA, 0 to 1")
+            raise ValueError(f"{name} is no number: {number!r}: give one such as 0.5")
+    if not 0 <= delta <= 1:
+        raise ValueError(f"delta out of range: {delta}: give a difference in CKA, 0 to 1")
     if not 0 < growth < math.inf:
         raise ValueError(f"growth out of range: {growth}: give a share above 0, such as 1")
     if rule is not None:
