@@ -1,6 +1,6 @@
-"""Scores as pure functions: ranks of the true class, intervals, drawn sizes; and predictions kept.
+"""Accuracy with intervals, ranks of the true class, random sides, and stored predictions.
 
-Accuracies are shares, 0 to 1.
+Accuracies are from 0 to 1.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from cka_probe.io import load_npz, save_npz
 __all__ = ["Predictions", "accuracy", "drawn_sides", "true_class_rank", "wilson_interval"]
 
 Ints = NDArray[np.int64]
-_FORMAT = 1  # of the .npz; a reader refuses what is newer
+_FORMAT = 1  # of the .npz file; a reader refuses newer formats
 
 
 def true_class_rank(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The rank of the true class among the scores, and the predicted class.
 
-    Of equal scores the lower class number counts as the larger, so that a network with the same
-    score for every class is right by chance and not always.
+    For equal scores, the lower class number comes first. So a network with equal scores for all
+    classes is right for one class, not for all.
 
     Args:
         logits: (n, classes) finite scores.
-        labels: (n,) the true classes.
+        labels: (n,) true classes.
 
     Returns:
-        (rank (n,) int64, 0 where the true class is first; predicted (n,) int64).
+        (rank (n,) int64, 0 if the true class is first; predicted class (n,) int64).
 
     >>> true_class_rank(torch.tensor([[0.1, 0.9, 0.5], [1.0, 1.0, 1.0]]), torch.tensor([2, 1]))
     (tensor([1, 1]), tensor([1, 0]))
@@ -49,7 +49,7 @@ def true_class_rank(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def wilson_interval(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """The confidence interval of a share that was counted (Wilson 1927, equation 1).
+    """The confidence interval of a binomial proportion (Wilson 1927, equation 1).
 
     Args:
         correct: number of successes.
@@ -57,12 +57,12 @@ def wilson_interval(correct: int, n: int, level: float = 0.95) -> tuple[float, f
         level: coverage, in (0, 1).
 
     Returns:
-        (low, high); low is exactly 0 where none is correct, high exactly 1 where all are.
+        (low, high); low is exactly 0 without successes, high exactly 1 without failures.
 
     Raises:
-        ValueError: counts that cannot be, or a level that is no coverage.
+        ValueError: impossible counts, or a level outside (0, 1).
     """
-    from scipy.stats import binomtest  # here: it takes a second to load
+    from scipy.stats import binomtest  # imported here, since it takes a second
 
     if not 0 <= correct <= n:
         raise ValueError(f"impossible count: {correct} of {n}: give 0 <= correct <= n")
@@ -78,7 +78,7 @@ def accuracy(ranks: Ints, classes: int) -> dict[str, float]:
 
     Args:
         ranks: (n,) from `true_class_rank`.
-        classes: how many there are; with fewer than 5, top-5 says nothing and is nan.
+        classes: number of classes; with fewer than 5, top-5 is nan.
 
     Returns:
         {"n", "top1", "top1_low", "top1_high", "top5", "top5_low", "top5_high"}.
@@ -96,33 +96,34 @@ def accuracy(ranks: Ints, classes: int) -> dict[str, float]:
 
 
 def drawn_sides(n: int, low: int, high: int, seed: int) -> Ints:
-    """A side for each of n images, its logarithm uniform from the smallest to the largest.
+    """Random sides for n images, uniform in the logarithm.
 
     Args:
-        n: how many images; a longer draw begins with a shorter one.
-        low: the smallest side in pixels.
-        high: the largest.
-        seed: of the draw.
+        n: number of images; a longer draw begins with a shorter one.
+        low: smallest side in pixels.
+        high: largest side in pixels.
+        seed: seed of the draw.
 
     Returns:
-        (n,) whole sides in pixels, low to high.
+        (n,) sides in whole pixels, low to high.
     """
     u = np.random.default_rng([seed, low, high]).random(n)
+    # s = low ((high + 1) / low)^u, rounded down: side s has the weight log((s + 1) / s)
     sides = np.floor(np.exp(math.log(low) + u * math.log((high + 1) / low)))
     return np.clip(sides, low, high).astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What a network said of each image at each size, in the order of the data.
+    """Predictions of a network for each image at each size, in the order of the data.
 
-    Two networks that were shown the same images pair row by row.
+    Row i is the same image for all networks that were evaluated on the same data.
 
     Attributes:
-        view: (m,) names of the columns, "32" for 32 px, "mixed" for a size drawn for each image.
+        view: (m,) names of the columns, "32" for 32 px, "mixed" for a side drawn for each image.
         label: (n,) true classes.
-        predicted: (n, m) classes that stood first.
-        rank: (n, m) places of the true class; top-1 is rank == 0, top-5 is rank < 5.
+        predicted: (n, m) predicted classes.
+        rank: (n, m) ranks of the true class, from `true_class_rank`; top-1 is rank == 0.
         side_px: (n, m) sides in pixels.
     """
 
@@ -133,43 +134,56 @@ class Predictions:
     side_px: Ints
 
     def correct(self, view: str | int) -> NDArray[np.bool_]:
-        """Which images were right at a size, (n,).
+        """Whether the prediction is correct, for each image at one size.
 
         Args:
-            view: 32 or "32", or "mixed".
+            view: name of the column: 32 or "32", or "mixed".
+
+        Returns:
+            (n,) booleans.
 
         Raises:
-            ValueError: a size that was not measured.
+            ValueError: a size that was not evaluated.
         """
         place = np.flatnonzero(self.view == str(view))
         if not len(place):
             known = ", ".join(self.view)
-            raise ValueError(f"no such size in the predictions: {view}: they hold {known}")
+            raise ValueError(f"no such size in the predictions: {view}: choose from {known}")
         right: NDArray[np.bool_] = self.rank[:, place[0]] == 0
         return right
 
     def beside(self, other: Predictions) -> Predictions:
-        """The columns of both, for the same images."""
+        """The columns of both.
+
+        Args:
+            other: predictions for the same images.
+        """
         pairs = {n: (getattr(self, n), getattr(other, n)) for n in ("view", *_BY_VIEW)}
         joined: dict[str, Any] = {n: np.concatenate(pair, axis=-1) for n, pair in pairs.items()}
         return Predictions(label=self.label, **joined)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one .npz, whole or not at all.
+        """Write an .npz file, atomically.
+
+        Args:
+            path: path of the file, in an existing folder.
 
         Raises:
-            OSError: where the folder does not exist or cannot be written.
+            OSError: the folder does not exist or cannot be written.
         """
         small = {name: getattr(self, name).astype(np.int32) for name in _NUMBERS}
         save_npz(path, {"view": self.view, **small}, {}, version=_FORMAT)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Predictions:
-        """Read what `save` wrote.
+        """Read a file of `save`.
+
+        Args:
+            path: path of the file.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: something else.
+            ValueError: another kind of file, or a newer format.
         """
         stored, _ = load_npz(path, ("view", *_NUMBERS), version=_FORMAT, what="predictions file")
         whole = {name: stored[name].astype(np.int64) for name in _NUMBERS}

@@ -31,7 +31,8 @@ def single_weights(checkpoint: Path) -> OrderedDict[str, torch.Tensor]:
     named: OrderedDict[str, torch.Tensor] = OrderedDict()
     for key, value in state.items():
         part, _, rest = key.partition(".")
-        name = rest.partition(".")[2] if part == "subnets" else rest
+        # "heads" was the name of the subnets in earlier checkpoints
+        name = rest.partition(".")[2] if part in ("heads", "subnets") else rest
         named[name.replace(".norms.all.", ".")] = value
     return named
 

@@ -97,7 +97,7 @@ def execute(args: argparse.Namespace) -> None:
     from cka_probe.inputs.views import parse_scales
     from cka_probe.plot.figures import save_figure
     from msun.evaluation.accuracy import compare
-    from msun.evaluation.classes import open_tests
+    from msun.evaluation.inputs import open_tests
     from msun.plot import evaluation as plots
 
     sides = parse_scales(args.sizes)

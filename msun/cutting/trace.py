@@ -1,6 +1,6 @@
 """A network's forward as torch.fx graphs, in training and in eval mode.
 
-A graph is recorded, never run, except by `observe`, which runs the eval one on an example.
+Nothing runs here: `msun.cutting.verify` runs the recorded graph on an example.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from torchvision.models.feature_extraction import NodePathTracer
 
 from cka_probe.errors import one_line
 
-__all__ = ["Trace", "attached", "trace", "unchanged"]
+__all__ = ["Trace", "attached", "trace_graph", "unchanged"]
 
+# Attributes of nn.Module that hold hooks; those of containers would be lost in a graph.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Trace(NamedTuple):
-    """One mode of a network.
+    """The recorded forward of one mode.
 
     Attributes:
-        graph: what the forward does, in order of execution.
-        outputs: module path -> the value that it put out in its last run.
-        places: value -> the module in whose forward it was computed.
-        constants: tensors that the forward itself makes, under the names that the graph gives.
+        graph: the steps of the forward, in order of execution.
+        outputs: module path -> the output of its last run.
+        places: value -> path of the module in whose forward it was computed.
+        constants: tensors that the forward creates, by their names in the graph.
     """
 
     graph: fx.Graph
@@ -42,7 +43,7 @@ class Trace(NamedTuple):
 
 
 class _State(fx.Proxy):
-    """Stands for a parameter or buffer while a forward is recorded."""
+    """Proxy of a parameter or buffer: fx would record its sizes as steps; here they are numbers."""
 
     def __init__(self, node: fx.Node, tracer: _Tracer, tensor: Tensor) -> None:
         super().__init__(node, tracer)
@@ -63,7 +64,7 @@ class _State(fx.Proxy):
 
 
 class _Tracer(NodePathTracer):  # type: ignore[misc]
-    """Torchvision's tracer with timm's leaves, which also notes what each module puts out."""
+    """Torchvision's tracer with timm's leaf modules; it also records the output of each module."""
 
     def __init__(self, opaque: set[str], buffers: bool) -> None:
         timm = sys.modules.get("timm.layers")  # a timm network brings it
@@ -87,14 +88,14 @@ class _Tracer(NodePathTracer):  # type: ignore[misc]
         return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
 
     def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Proxy:
-        """As torchvision does, but the sizes of a parameter or buffer are numbers."""
+        """As in torchvision, but a parameter or buffer becomes a proxy with known sizes."""
         proxy: fx.Proxy = super().create_proxy(kind, target, *args, **kwargs)
         if kind == "get_attr" and target in self.states:
             return _State(proxy.node, self, self.states[target])
         return proxy
 
     def create_arg(self, a: Any) -> Any:
-        """As fx does, but dicts of a kind of their own stay that: OrderedDict, ModelOutput."""
+        """As in fx, but subclasses of dict keep their class: OrderedDict, ModelOutput."""
         if type(a) is OrderedDict:
             return self.create_proxy("call_function", OrderedDict, (list(a.items()),), {}).node
         if isinstance(a, dict) and is_dataclass(a):
@@ -115,31 +116,31 @@ class _Tracer(NodePathTracer):  # type: ignore[misc]
         return out
 
     def _get_node_qualname(self, module_qualname: str, node: fx.Node) -> str:
-        return module_qualname  # a unique name for each node is not needed, and is quadratic
+        return module_qualname  # torchvision makes it unique, in quadratic time; not needed here
 
 
-def trace(model: nn.Module) -> dict[bool, Trace]:
-    """Record both modes of a network.
+def trace_graph(model: nn.Module) -> dict[bool, Trace]:
+    """Record the forward of a network in both modes.
 
-    A module whose forward fx cannot follow (control flow on data) is kept whole.
+    A module whose forward fx cannot trace (control flow on data) stays one step of the graph.
 
     Args:
-        model: the network; afterwards as it was, its training flags included.
+        model: the network; left as it is, with its training flags.
 
     Returns:
-        {True: in training mode, False: in eval mode}.
+        {True: trace in training mode, False: trace in eval mode}.
 
     Raises:
-        ValueError: a hook on a module that is looked into, which no graph can keep; or a forward
-            that cannot be followed outside all submodules; or lazy modules that never ran.
+        ValueError: a hook on a container, which a graph would lose; a forward that fx cannot
+            trace; or lazy modules that never ran.
     """
     if any(map(is_lazy, model.parameters())):
         name = type(model).__name__
-        raise ValueError(f"parameters have no shape yet: {name}: run it on images once")
+        raise ValueError(f"parameters have no shape yet: {name}: run the network once first")
     opaque: set[str] = set()
     buffers = True
     _refuse_hooks(model, _Tracer(opaque, buffers))
-    while True:
+    while True:  # again, with one more module kept whole, until both modes can be recorded
         traces: dict[bool, Trace] = {}
         known: dict[str, Tensor] = {}
         for mode in (True, False):
@@ -161,8 +162,8 @@ def trace(model: nn.Module) -> dict[bool, Trace]:
                 else:
                     name = type(model).__name__
                     raise ValueError(
-                        f"torch.fx cannot follow this network: {name}, {one_line(error)}: put the "
-                        "part that looks at data into a module of its own"
+                        f"torch.fx cannot trace this network: {name}, {one_line(error)}: move the "
+                        "control flow that depends on data into a submodule"
                     ) from error
                 break
             traces[mode] = Trace(graph, tracer.outputs, tracer.node_to_qualname, constants)
@@ -173,7 +174,7 @@ def trace(model: nn.Module) -> dict[bool, Trace]:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Every module's attributes are put back on exit: training flags, caches, what fx adds."""
+    """Restore the attributes of all modules on exit: training flags, caches, additions of fx."""
     before = []
     for module in model.modules():
         inner = [(v, v.copy()) for v in vars(module).values() if isinstance(v, dict | list)]
@@ -191,7 +192,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attached(model: nn.Module, constants: dict[str, Tensor]) -> Iterator[None]:
-    """The graph's constants stand on the network, where fx looks for them."""
+    """Set the constants of a graph as attributes of the network, where fx reads them."""
     vars(model).update(constants)
     try:
         yield
@@ -201,6 +202,7 @@ def attached(model: nn.Module, constants: dict[str, Tensor]) -> Iterator[None]:
 
 
 def _refuse_hooks(model: nn.Module, tracer: _Tracer) -> None:
+    """Raise for a hook on a container: its forward becomes part of the graph, its hooks do not."""
     within: tuple[str, ...] = ()
     for path, module in model.named_modules():
         if path.startswith(within):

@@ -1,4 +1,4 @@
-"""A recorded network at work on an example: shapes, identities, what is written over."""
+"""Run a recorded graph on an example: check its output, note shapes and in-place writes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from cka_probe.errors import one_line
 from cka_probe.rng import preserved_rng
 from msun.cutting.trace import Trace, attached, unchanged
 
-__all__ = ["Observation", "drops_in_place", "last_inside", "observe", "overwrites"]
+__all__ = ["ExampleRun", "has_inplace_dropout", "last_inside", "overwrites", "run_example"]
 
-_PLAIN: dict[type, type] = {immutable_list: list, immutable_dict: dict}  # as fx keeps them
+# fx returns lists and dicts of an output as its own immutable subclasses.
+_PLAIN: dict[type, type] = {immutable_list: list, immutable_dict: dict}
 
 
-class Observation(NamedTuple):
-    """What the eval graph did with an example.
+class ExampleRun(NamedTuple):
+    """What a run of the eval graph on an example showed.
 
     Attributes:
-        shapes: value -> its shape, (n, ...), where it is a tensor.
-        same: value -> the earlier value that it is, untouched: identity, or dropout in eval mode.
-        overwritten: whether a later in-place operation changed the value that was watched.
+        shapes: value -> its shape, (n, ...); tensors only.
+        same: value -> the earlier value that it is identical to, as after an identity or a dropout.
+        overwritten: whether a later in-place operation changed the watched value.
     """
 
     shapes: dict[fx.Node, tuple[int, ...]]
@@ -34,19 +35,19 @@ class Observation(NamedTuple):
     overwritten: bool
 
 
-def observe(
+def run_example(
     model: nn.Module, traced: Trace, x: Tensor, watch: fx.Node | None = None
-) -> Observation:
-    """Run the eval graph on images, and check it against the network.
+) -> ExampleRun:
+    """Run the eval graph on images, and compare its output with that of the network.
 
     Args:
         model: the network.
-        traced: its eval mode.
+        traced: the trace of its eval mode.
         x: images (n, c, h, w).
-        watch: the value of which to tell whether it is overwritten.
+        watch: a value; the result says whether it is overwritten.
 
     Raises:
-        ValueError: the network cannot take x, or the graph computes something else.
+        ValueError: the network cannot take x, or the graph gives another output.
     """
     with unchanged(model), attached(model, traced.constants), torch.no_grad():
         model.eval()
@@ -58,7 +59,7 @@ def observe(
                 f"the network cannot take these images: {tuple(x.shape)}, {one_line(error)}: give "
                 "another example"
             ) from error
-        run = _Observer(model, traced, watch)
+        run = _Recorder(model, traced, watch)
         with preserved_rng():
             got = run.run(x.clone())
     if not _equal(wanted, got):
@@ -67,15 +68,15 @@ def observe(
             "must not depend on the type of its input or on Python's own state"
         )
     changed = watch in run.versions and run.versions[watch] != run.kept[0]._version
-    return Observation(run.shapes, run.same, changed)
+    return ExampleRun(run.shapes, run.same, changed)
 
 
-def drops_in_place(model: nn.Module, traced: Trace) -> bool:
-    """Whether a dropout of a network writes over what it is given, in training alone.
+def has_inplace_dropout(model: nn.Module, traced: Trace) -> bool:
+    """Whether a network has a dropout that overwrites its input, which happens in training only.
 
     Args:
         model: the network.
-        traced: its training mode.
+        traced: the trace of its training mode.
     """
     drops = (m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
     calls = (node for node in traced.graph.nodes if node.op == "call_function")
@@ -83,19 +84,19 @@ def drops_in_place(model: nn.Module, traced: Trace) -> bool:
 
 
 def overwrites(model: nn.Module, traced: Trace, x: Tensor, watch: fx.Node) -> bool:
-    """Whether an in-place operation changes a value of the training graph after it was made.
+    """Whether an in-place operation overwrites a value of the training graph.
 
-    A dropout that writes in place does nothing in eval mode. Where the graph cannot be run to its
-    end (a norm that gets one value a channel), what happened before counts.
+    The eval run cannot show it: there a dropout does nothing. Where the graph fails (a norm that
+    gets one value per channel), the steps before the failure count.
 
     Args:
-        model: the network; its buffers are as before afterwards.
-        traced: its training mode.
+        model: the network; its buffers are left as they are.
+        traced: the trace of its training mode.
         x: images (n, c, h, w).
         watch: the value.
     """
     clones: dict[int, Tensor] = {}
-    run = _Observer(model, traced, watch)
+    run = _Recorder(model, traced, watch)
     with unchanged(model), attached(model, traced.constants), torch.no_grad():
         for module in model.modules():  # statistics are written to copies
             for name, buffer in module._buffers.items():
@@ -108,17 +109,17 @@ def overwrites(model: nn.Module, traced: Trace, x: Tensor, watch: fx.Node) -> bo
 
 
 def last_inside(model: nn.Module, path: str, x: Tensor) -> set[str]:
-    """The modules inside one that is kept whole that put out last what it puts out.
+    """The submodules of an untraced module whose last output is also the output of that module.
 
     Args:
         model: the network.
-        path: the module that is kept whole.
+        path: path of a module that is one step of the graph.
         x: images (n, c, h, w).
     """
     finished: list[tuple[str, Any]] = []
     found: set[str] = set()
 
-    def note(inner: str) -> Callable[..., None]:
+    def record(inner: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
             if inner != path:
                 finished.append((inner, out))
@@ -134,7 +135,7 @@ def last_inside(model: nn.Module, path: str, x: Tensor) -> set[str]:
         return hook
 
     handles = [
-        module.register_forward_hook(note(f"{path}.{name}" if name else path))
+        module.register_forward_hook(record(f"{path}.{name}" if name else path))
         for name, module in model.get_submodule(path).named_modules()
     ]
     try:
@@ -146,7 +147,9 @@ def last_inside(model: nn.Module, path: str, x: Tensor) -> set[str]:
     return found
 
 
-class _Observer(fx.Interpreter):
+class _Recorder(fx.Interpreter):
+    """Runs a graph and records shapes, identities and the version counters of tensors."""
+
     def __init__(self, model: nn.Module, traced: Trace, watch: fx.Node | None) -> None:
         super().__init__(model, graph=traced.graph)
         self.watch = watch
@@ -169,9 +172,10 @@ class _Observer(fx.Interpreter):
 
 
 def _equal(a: Any, b: Any) -> bool:
+    """Whether two outputs agree: tensors to the bit on the CPU, containers item by item."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         same = a.shape == b.shape and a.dtype == b.dtype
-        tolerance = 0.0 if a.is_cpu else 1e-3  # elsewhere two runs may take different kernels
+        tolerance = 0.0 if a.is_cpu else 1e-3  # on a GPU two runs may use different kernels
         return same and (
             a.is_meta or torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
         )

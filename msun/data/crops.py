@@ -1,7 +1,7 @@
-"""The same random crop of an image at every scale, resized once from what was decoded.
+"""Batches of crops: the same random crop of an image, resized from the decoded image to each scale.
 
-What is random depends on (seed, epoch, image) alone: not on the batch, the workers or the global
-random state, so that a run that was stopped goes on exactly.
+The random numbers depend on (seed, epoch, image) only, not on the batch, the workers or the global
+random state. So a resumed run continues exactly.
 """
 
 from collections import defaultdict
@@ -21,8 +21,8 @@ from msun.data.labelled import Labelled
 
 __all__ = ["Augment", "Crops", "augmentation", "shuffled"]
 
-_ORDER, _CROPS, _SIDES = 0, 1, 2  # streams of random numbers
-_DRAWS = 5  # uniform numbers an image takes: area, ratio, top, left, flip
+_ORDER, _CROPS, _SIDES = 0, 1, 2  # numbers of independent random streams
+_DRAWS = 5  # uniform numbers per image: area, ratio, top, left, flip
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Augment:
     """Random resized crop (Szegedy et al. 2015) and mirroring.
 
     Attributes:
-        area: The crop's share of the largest square's area, lowest and highest.
-        ratio: Its width over its height, lowest and highest; drawn uniformly in the logarithm.
-        flip: Mirror every second image, at random.
+        area: area of the crop over that of the centre square, lowest and highest.
+        ratio: width over height, lowest and highest; drawn uniformly in the logarithm.
+        flip: whether to mirror images, with a probability of 0.5.
     """
 
     area: tuple[float, float] = (0.25, 1.0)
@@ -51,51 +51,56 @@ class Augment:
         """The crop of one image.
 
         Args:
-            u: (5,) in 0..1.
-            h: Height of the image.
-            w: Width of the image.
+            u: uniform random numbers (5,), from 0 to 1.
+            h: height of the image in pixels.
+            w: width of the image in pixels.
 
         Returns:
-            (top, left, height, width) in pixels; a crop that sticks out is shrunk until it fits.
+            (top, left, height, width) in pixels; a crop larger than the image is shrunk to fit.
         """
         side = min(h, w)
         area = (self.area[0] + u[0] * (self.area[1] - self.area[0])) * side**2
         low, high = np.log(self.ratio)
-        stretch = np.exp((low + u[1] * (high - low)) / 2)
+        stretch = np.exp((low + u[1] * (high - low)) / 2)  # sqrt(width / height)
         high_px, wide_px = area**0.5 / stretch, area**0.5 * stretch
         fit = min(1.0, h / high_px, w / wide_px)
         height, width = (max(1, round(float(px * fit))) for px in (high_px, wide_px))
         return int(u[2] * (h - height + 1)), int(u[3] * (w - width + 1)), height, width
 
     def __call__(self, image: Tensor, u: NDArray[np.float64]) -> Tensor:
-        """Crop and mirror one image (c, h, w) as the numbers `u` say; not resized."""
+        """Crop and mirror one image, without resizing.
+
+        Args:
+            image: image (c, h, w).
+            u: uniform random numbers (5,), from 0 to 1.
+        """
         top, left, height, width = self.box(u, *image.shape[-2:])
         crop = image[..., top : top + height, left : left + width]
         return crop.flip(-1) if self.flip and u[4] < 0.5 else crop
 
 
 PHOTOGRAPHS = Augment()
+# For glyphs: a mirrored b is a d, an enlarged c a C.
 TENSORS = Augment(area=(0.85, 1.0), ratio=(1.0, 1.0), flip=False)
 
 
 def augmentation(
     kind: str, data: Labelled, *, area: Sequence[float] | None = None, flip: bool | None = None
 ) -> Augment | None:
-    """Choose what is done to training images.
+    """Resolve the augmentation of training images.
 
     Args:
-        kind: "auto": crops of 25 to 100 % of the area and mirroring for pixels, crops of 85 to
-            100 % without mirroring for tensors (glyphs: a mirrored b is a d, an enlarged c a C).
-            "none": the centre square, always the same.
-        data: The training images.
-        area: Lowest and highest share of the area, instead.
-        flip: Whether to mirror, instead.
+        kind: "auto", crops of 25 to 100 % of the area and mirroring for pixels, crops of 85 to
+            100 % without mirroring for tensors; or "none", the centre square.
+        data: the training images.
+        area: lowest and highest share of the area; None for that of `kind`.
+        flip: whether to mirror; None for that of `kind`.
 
     Returns:
-        The augmentation, or None for none.
+        The augmentation; None for "none".
 
     Raises:
-        ValueError: An unknown kind, bad shares, or options of a crop where there is none.
+        ValueError: an unknown kind, bad shares, or crop options with "none".
     """
     if kind not in ("auto", "none"):
         raise ValueError(f"unknown augmentation: {kind!r}: choose 'auto' or 'none'")
@@ -114,25 +119,35 @@ def augmentation(
 
 
 def shuffled(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order of n images in an epoch, a permutation of 0..n-1."""
+    """The order of images in an epoch.
+
+    Args:
+        n: number of images.
+        seed: seed of the run.
+        epoch: number of the epoch, from 0.
+
+    Returns:
+        A permutation of 0 to n - 1.
+    """
     return np.random.default_rng([seed, epoch, _ORDER]).permutation(n)
 
 
 @dataclass(frozen=True)
 class Crops:
-    """Batches of one set of images, every image at every scale.
+    """Batches of labelled images, with each image at every scale.
 
     Attributes:
-        data: The images.
-        scales: Sides in pixels.
-        augment: None for the centre square.
-        mean: Channel means to normalise with; None normalises nothing.
-        std: Channel standard deviations.
-        seed: Of the crops.
-        served: For each scale the lowest and highest side that it serves: all crops of a batch are
-            first shrunk to one drawn from them, where it is below the scale. Empty: no.
-        between: In what share of the batches, scale by scale.
-        native: Scales whose crops stay at the side drawn, which may then be above the scale.
+        data: the images.
+        scales: sides in pixels.
+        augment: the augmentation; None for the centre square.
+        mean: channel means of the preprocessing; None for no normalisation.
+        std: channel standard deviations.
+        seed: seed of the crops.
+        served: lowest and highest side that are routed to each scale. A side is drawn from them for
+            a batch; if it is below the scale, the crops are shrunk to it and then enlarged. Empty
+            for crops at the scales only.
+        between: share of the batches with such a side, independently for each scale.
+        native: scales whose crops stay at the drawn side, which may be above the scale.
     """
 
     data: Labelled
@@ -153,20 +168,21 @@ class Crops:
         workers: int = 0,
         firsts: Sequence[int] | None = None,
     ) -> Generator[tuple[dict[int, Tensor], Tensor], None, None]:
-        """Yield one batch after the other; the same values whatever `workers` is.
+        """Yield the batches; the values do not depend on `workers`.
 
-        Close the generator when leaving early (`contextlib.closing`): that ends the workers.
+        Close the generator to end the workers early (`contextlib.closing`).
 
         Args:
-            rows: Which images each batch holds.
-            epoch: Another epoch draws other crops.
-            workers: Processes that decode; 0 decodes here, as do images that lie in memory.
-            firsts: Where each of `rows` is a part of a batch, the first image of the whole, by
-                which sides are drawn; None for whole batches.
+            rows: indices of the images of each batch.
+            epoch: number of the epoch, which seeds the crops.
+            workers: number of processes that decode; 0 for this process. Images in memory are
+                always read in this process.
+            firsts: index of the first image of each whole batch, which seeds the side, if `rows`
+                are parts of batches; None for whole batches.
 
         Returns:
-            A generator of ({scale: (b, c, side, side)}, labels (b,)); the side is the scale, but
-            for those of `native`.
+            A generator of ({scale: images (b, c, side, side)}, labels (b,)); the side is the scale,
+            except for `native`.
         """
         drawn_by = [int(batch[0]) for batch in rows] if firsts is None else list(firsts)
         work = _Batches(self, [list(map(int, batch)) for batch in rows], epoch, drawn_by)
@@ -177,7 +193,7 @@ class Crops:
 
 
 class _Batches(Dataset[Any]):
-    """Batch k by number: the unit of work of a worker."""
+    """Batches by number: the data set of the workers."""
 
     def __init__(self, crops: Crops, rows: list[list[int]], epoch: int, firsts: list[int]) -> None:
         self.crops, self.rows, self.epoch, self.firsts = crops, rows, epoch, firsts
@@ -186,7 +202,14 @@ class _Batches(Dataset[Any]):
         self.uniform = drawn.random((len(crops.data), _DRAWS))
 
     def build(self, k: int) -> tuple[dict[int, Tensor], Tensor]:
-        """Load each image once, crop it once, resize the crop to every scale."""
+        """Load and crop each image once, and resize the crop to every scale.
+
+        Args:
+            k: number of the batch.
+
+        Returns:
+            ({scale: images (b, c, side, side)}, labels (b,)).
+        """
         crops, rows = self.crops, self.rows[k]
         if (stacked := crops.data.stacked(rows)) is not None:
             images, labels = list(stacked[0]), stacked[1]
@@ -195,48 +218,49 @@ class _Batches(Dataset[Any]):
             images = [image for image, _ in loaded]
             labels = torch.tensor([label for _, label in loaded])
         channels = images[0].shape[0]
-        if crops.mean is None and all(image.stride(0) == 0 for image in images):  # grey: once
+        # expanded grey images: one channel is resized, and expanded again below
+        if crops.mean is None and all(image.stride(0) == 0 for image in images):
             images = [image[:1] for image in images]
         if crops.augment is not None:
             drawn = zip(rows, images, strict=True)
             images = [crops.augment(image, self.uniform[i]) for i, image in drawn]
-        looks = self._looks(images, self._first(self.firsts[k]))
-        return {s: x.expand(-1, channels, -1, -1) for s, x in looks.items()}, labels
+        views = self._views(images, self._drawn_sides(self.firsts[k]))
+        return {s: x.expand(-1, channels, -1, -1) for s, x in views.items()}, labels
 
-    def _first(self, row: int) -> dict[int, int]:
-        """To what side the crops of a batch, known by its first image, shrink before a scale."""
+    def _drawn_sides(self, row: int) -> dict[int, int]:
+        """Scale -> drawn side of a batch, seeded by its first image; only scales that have one."""
         crops = self.crops
         generator = np.random.default_rng([crops.seed, self.epoch, _SIDES, row])
         drawn = {}
         for side, (low, high) in zip(crops.scales, crops.served, strict=False):
             u, whether = generator.random(2)
             if whether < crops.between:
-                first = int(low * ((high + 1) / low) ** u)
+                first = int(low * ((high + 1) / low) ** u)  # uniform in the logarithm, low to high
                 drawn[side] = first if side in crops.native else min(side, first)
         return drawn
 
-    def _looks(self, images: list[Tensor], first: dict[int, int]) -> dict[int, Tensor]:
-        """Images or crops (c, h, w) at every scale, normalised; those of one shape all at once."""
+    def _views(self, images: list[Tensor], first: dict[int, int]) -> dict[int, Tensor]:
+        """Crops (c, h, w), resized to every scale and normalised, in batches of one shape."""
         crops, groups = self.crops, defaultdict[tuple[int, ...], list[int]](list)
         for place, image in enumerate(images):
             groups[tuple(image.shape)].append(place)
         blocks = [torch.stack([images[k] for k in places]) for places in groups.values()]
         back = torch.tensor([k for places in groups.values() for k in places]).argsort()
-        looks = {}
+        views = {}
         for side in crops.scales:
             whole = first.get(side, side) if side in crops.native else side
             if crops.augment is None:
-                look = View(first.get(side, whole), whole, True, *self.normal)
-                parts = [look(block) for block in blocks]
+                view = View(first.get(side, whole), whole, True, *self.normal)
+                parts = [view(block) for block in blocks]
             else:
                 finish = View(None, None, True, *self.normal)
                 small = [resize(b, first[side]) if side in first else b for b in blocks]
                 parts = [finish(resize(block, whole)) for block in small]
-            looks[side] = parts[0] if len(parts) == 1 else torch.cat(parts)[back]
-        return looks
+            views[side] = parts[0] if len(parts) == 1 else torch.cat(parts)[back]
+        return views
 
     def __getitem__(self, k: int) -> tuple[dict[int, Tensor], Tensor] | Exception:
-        """In a worker: our errors travel as values, without a traceback in their message."""
+        """Batch k in a worker; errors are returned as values, since raising adds a traceback."""
         try:
             return self.build(k)
         except (TypeError, ValueError) as error:

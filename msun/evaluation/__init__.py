@@ -1,1 +1,1 @@
-"""Accuracy, cost and batch norm statistics by image size."""
+"""Evaluation by image size, and re-estimated batch norm statistics."""

@@ -1,4 +1,4 @@
-"""A network at many sizes: accuracy with intervals, costs, latency, and CKA to the reference."""
+"""Evaluate a network at many image sizes: accuracy, cost, latency, and CKA to the reference."""
 
 from __future__ import annotations
 
@@ -21,16 +21,24 @@ from cka_probe.inputs.views import check_scales, resize
 from cka_probe.intervals import student_interval
 from cka_probe.models.load import LoadedModel
 from cka_probe.progress import progress_bar
+from msun.data.classes import class_rows
 from msun.data.crops import Crops
 from msun.data.labelled import Labelled
-from msun.evaluation.classes import Feed, feeding, normalisation, open_tests, reference_of, rows_for
-from msun.evaluation.measure import Measured, close_features, put_features
+from msun.evaluation.inputs import (
+    Feed,
+    network_spec,
+    open_tests,
+    reference_side,
+    resolve_feed,
+    resolve_mean_std,
+)
+from msun.evaluation.measure import EvalNetwork, end_batch, update_features
 from msun.metrics import Predictions, accuracy, drawn_sides, true_class_rank
 
 __all__ = ["compare", "evaluate"]
 
-MIXED = "mixed"
-LATENCY_BATCHES = (1, 64)
+MIXED = "mixed"  # name of the row of mixed sizes
+LATENCY_BATCHES = (1, 64)  # one image, and a usual batch
 
 
 def evaluate(
@@ -57,51 +65,54 @@ def evaluate(
     workers: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Measure a network at sizes that it was trained on, and at others.
+    """Evaluate a network at sizes that it was trained at, and at others.
 
-    Every image is decoded once; its centre square is resized once, antialiased and bilinear, to
-    each size, so that all sizes show the same images. Memory does not grow with their number, but
-    for two numbers an image and size. The network is left as it was.
+    Each image is decoded once. Its centre square is resized to each size, antialiased and bilinear,
+    so that all sizes show the same images. Memory grows by two numbers per image and size only. The
+    network is left unchanged.
 
     Args:
-        model: an MSUN, any network from images to (n, classes), or what `load_model` gave.
+        model: an MSUN, any network from images to scores (n, classes), or a result of `load_model`.
         data: a folder of class folders, "glyphs", a dataset of (image, label), or two tensors.
         sizes: sides in pixels.
-        feed: "native": images of s px are fed as they are. "upsampled": resized to s, then to the
-            reference. Or a callable, side -> side that is fed.
-        rows: outputs that stand for the classes of the data, in their order, where the network
-            has others; only these are scored. None: all, or where a checkpoint names its classes,
-            those of the data's names.
-        reference: the side that CKA compares with and that "upsampled" feeds; None for an MSUN's
-            own, a loaded model's input size, else the largest size.
-        at: the module whose output CKA looks at; None: the map that an MSUN's trunk gets, or what
-            goes into the last linear layer of any other network.
-        mixed: add a row of images of mixed sizes, each drawn log-uniformly from the smallest to
-            the largest (a whole number of pixels); every image is decoded once more for it.
-        cka: compare features with those at the reference.
-        latency: time the network alone, on noise of what is fed; an MSUN's own resize is in it.
-        arm: a name for a first column "arm".
-        predictions: also write the `Predictions` there, an .npz.
-        split: as in `open_labelled`, but the glyphs are those to test on.
-        n_images: a seeded random subset; of the glyphs, how many are drawn.
-        batch_size: images a batch, 4 or more; it is CKA's batch too.
-        seed: of the subset, the order and the mixed sizes.
-        mean: channel means for pixels; None: the network's own, else ImageNet's. Tensors are used
-            as they are unless it is given.
+        feed: inputs of the network: "native", images at their size; "upsampled", images resized to
+            their size and then to the reference; or a callable from side to input side.
+        rows: outputs that stand for the classes of the data, in their order; others are ignored.
+            None for all, or for the outputs that the description of the network gives to them.
+        reference: side for the comparison by CKA, and for "upsampled"; None for that of an MSUN,
+            the input size of a loaded model, else the largest size.
+        at: path of the module whose output CKA compares; None for the input of the trunk of an
+            MSUN, or of the last linear layer of another network.
+        mixed: whether to add a row of mixed sizes: the side of each image is drawn log-uniformly
+            from the smallest to the largest size. Each image is decoded once more for it.
+        cka: whether to compare features with those at the reference.
+        latency: whether to time the network on noise, with the resize inside an MSUN.
+        arm: value of a first column "arm"; None for no such column.
+        predictions: path of an .npz file for the `Predictions`; None to write none.
+        split: split of the data, as in `open_labelled`; None for the test split of glyphs.
+        n_images: size of a random subset; for glyphs, the number of images drawn.
+        batch_size: images per batch, 4 or more; also the batches of CKA.
+        seed: seed of the subset, the order and the mixed sizes.
+        mean: channel means for pixels; None for those of the network, else of ImageNet. Tensors are
+            normalised only if it is given.
         std: channel standard deviations.
-        device: where to run; None for where the network is.
-        workers: processes that decode images.
-        progress: show progress bars.
+        device: device to run on; None for that of the network.
+        workers: number of processes that decode images.
+        progress: whether to show progress bars.
 
     Returns:
-        One row a size, in the order given: size_px; fed_px, the side that the network was given (an
-        MSUN may resize it again, see `Policy.inputs`); n; top1, top5, shares from 0 to 1, each with
-        _low and _high, 95 % Wilson intervals (top-5 is nan for fewer than 5 classes); gmacs for one
-        image, convolutions and linear layers; params_m, parameters in millions; latency_ms_1 and
-        latency_ms_64, median milliseconds for a batch of 1 and of 64; cka, unbiased minibatch CKA
-        of the features with those at the reference, with cka_low and cka_high (95 %, nan for a
-        single batch; cka is nan where features do not vary or there are fewer than 4 images). The
-        mixed row has no size_px, and means of fed_px and gmacs. `attrs` says what the features are.
+        One row per size, in the given order, with the columns
+
+        - size_px; fed_px, the input side (an MSUN may resize it again, see `Policy.inputs`); n
+        - top1, top5: accuracy from 0 to 1, each with _low and _high, the 95 % Wilson interval; top5
+          is nan for fewer than 5 classes
+        - gmacs: MACs for one image; params_m: parameters in millions
+        - latency_ms_1, latency_ms_64: median milliseconds for a batch of 1 and of 64
+        - cka: unbiased minibatch CKA of the features with those at the reference, with cka_low and
+          cka_high (95 %); nan if features do not vary, with fewer than 4 images, and the interval
+          for a single batch
+
+        The mixed row has no size_px; its fed_px and gmacs are means. `attrs` names the features.
 
     Raises:
         ImageError: an image that cannot be read, by name.
@@ -113,13 +124,13 @@ def evaluate(
     if predictions is not None and not Path(predictions).absolute().parent.is_dir():
         raise ValueError(f"no folder for the predictions: {predictions}: make it first")
     net = model.model if isinstance(model, LoadedModel) else model
-    own = Measured(net, at=at, features=cka, device=device)
+    network = EvalNetwork(net, at=at, features=cka, device=device)
     source = open_tests(data, split, n_images, seed)
-    top = reference_of(model, sides) if reference is None else check_scales([reference])[0]
-    looks = Crops(source, (), None, *normalisation(mean, std, model, source))
-    job = _Job(own, source, sides, top, feeding(feed, top), rows, batch_size, seed, workers,
-               looks, progress)  # fmt: skip
-    with own:
+    top = reference_side(model, sides) if reference is None else check_scales([reference])[0]
+    crops = Crops(source, (), None, *resolve_mean_std(mean, std, model, source))
+    job = _Evaluation(network, source, sides, top, resolve_feed(feed, top), rows, batch_size, seed,
+                      workers, crops, progress)  # fmt: skip
+    with network:
         found = job.every_size()
         if mixed:
             found = found.beside(job.mixed())
@@ -134,7 +145,7 @@ def evaluate(
         frame["size_px"] = frame["size_px"].astype("Int64")
     if arm is not None:
         frame.insert(0, "arm", arm)
-    frame.attrs = {"reference_px": top, "features": own.where}
+    frame.attrs = {"reference_px": top, "features": network.where}
     return frame
 
 
@@ -148,23 +159,23 @@ def compare(
     seed: int = 0,
     **options: Any,
 ) -> pd.DataFrame:
-    """Measure several networks, or one in several ways, on the same images.
+    """Evaluate several networks, or one with several options, on the same images.
 
     Args:
-        models: arm -> network, or (network, options of its own): {"plain, upsampled": (net,
-            {"feed": "upsampled"}), "lean": msun}.
-        data: as for `evaluate`; opened once.
+        models: name of an arm -> network, or (network, options of this arm): {"plain, upsampled":
+            (net, {"feed": "upsampled"}), "lean": msun}.
+        data: labelled images, as for `evaluate`; opened once.
         sizes: sides in pixels.
-        split: as for `evaluate`.
-        n_images: likewise.
-        seed: likewise.
-        options: of `evaluate`, for all arms.
+        split: split of the data, as for `evaluate`.
+        n_images: size of a random subset.
+        seed: seed of the subset, the order and the mixed sizes.
+        options: options of `evaluate` for all arms.
 
     Returns:
-        The frames of `evaluate` under each other, with a first column "arm".
+        The tables of `evaluate`, concatenated, with a first column "arm".
 
     Raises:
-        ValueError: no arms, or as `evaluate`.
+        ValueError: no arms, or as for `evaluate`.
     """
     if not models:
         raise ValueError("nothing to compare: no arms: give {name: network}")
@@ -181,19 +192,19 @@ def compare(
 
 
 @dataclass
-class _Job:
-    """One call of `evaluate`."""
+class _Evaluation:
+    """One call of `evaluate`: resolved options, and the rows of the result."""
 
-    own: Measured
+    network: EvalNetwork
     source: Labelled
     sides: list[int]
     reference: int
     feed: Feed
-    asked_rows: Sequence[int] | None
+    given_rows: Sequence[int] | None
     batch_size: int
     seed: int
     workers: int
-    looks: Crops
+    crops: Crops
     progress: bool
     channels: int = 0
     classes: int = 0
@@ -206,17 +217,17 @@ class _Job:
         parts = plan(n, self.batch_size) if n >= MIN_IMAGES else [slice(0, n)]
         self.batches = [shuffled[part] for part in parts]
         if n < MIN_IMAGES:
-            self.own.features = False
+            self.network.features = False
 
     def every_size(self) -> Predictions:
         """All images at all sizes, in one pass."""
         n, m = len(self.source), len(self.sides)
-        found = _nothing([str(side) for side in self.sides], n)
+        found = _empty_predictions([str(side) for side in self.sides], n)
         found.side_px[:] = self.sides
-        shown = [*self.sides, self.reference] if self.own.features else self.sides
-        shown = list(dict.fromkeys(shown))  # the reference is fed for CKA's sake if need be
-        estimator = Minibatch(len(self.batches)) if self.own.features else None
-        stream = self._looks(shown).batches(self.batches, workers=self.workers)
+        shown = [*self.sides, self.reference] if self.network.features else self.sides
+        shown = list(dict.fromkeys(shown))  # with the reference, for CKA
+        estimator = Minibatch(len(self.batches)) if self.network.features else None
+        stream = self._crops(shown).batches(self.batches, workers=self.workers)
         with closing(stream), self._bar() as bar:
             for index, (views, labels) in enumerate(stream):
                 rows = self.batches[index]
@@ -226,27 +237,27 @@ class _Job:
                     if k < m:
                         self._score(found, k, logits, labels, rows)
                     if estimator is not None:
-                        put_features(estimator, side, features, self.own.name)
+                        update_features(estimator, side, features, self.network.name)
                 if estimator is not None:
-                    close_features(estimator, index, self.own.name)
+                    end_batch(estimator, index, self.network.name)
                 bar.update(len(rows))
             bar.leave = True
         self.cka = None if estimator is None else estimator.compute()
         return found
 
     def mixed(self) -> Predictions:
-        """Each image at a size drawn for it."""
+        """Each image at a side drawn for it."""
         n = len(self.source)
         drawn = drawn_sides(n, min(self.sides), max(self.sides), self.seed)
-        more = _nothing([MIXED], n)
+        more = _empty_predictions([MIXED], n)
         more.side_px[:, 0] = drawn
-        features, self.own.features = self.own.features, False
+        features, self.network.features = self.network.features, False
         with self._bar(MIXED) as bar:
             for side in map(int, np.unique(drawn)):
                 mine = np.flatnonzero(drawn == side).tolist()
                 parts = [mine[i : i + self.batch_size] for i in range(0, n, self.batch_size)]
                 parts = [part for part in parts if part]
-                stream = self._looks([side]).batches(parts, workers=self.workers)
+                stream = self._crops([side]).batches(parts, workers=self.workers)
                 with closing(stream):
                     for rows, (views, labels) in zip(parts, stream, strict=True):
                         logits, _ = self._forward(views[side], side)
@@ -254,11 +265,11 @@ class _Job:
                         self._score(more, 0, logits, labels, rows)
                         bar.update(len(rows))
             bar.leave = True
-        self.own.features = features
+        self.network.features = features
         return more
 
     def row(self, found: Predictions, k: int) -> dict[str, Any]:
-        """What is known of column k, without costs."""
+        """The row of column k, without costs and latencies."""
         drawn = found.view[k] == MIXED
         side = None if drawn else self.sides[k]
         row: dict[str, Any] = {
@@ -277,20 +288,20 @@ class _Job:
         return row
 
     def costs(self, table: list[dict[str, Any]], side_px: Any) -> None:
-        """Multiply-accumulates and parameters into the rows."""
+        """Write multiply-accumulates and parameters into the rows."""
         for row, sides in zip(table, side_px.T, strict=True):
             known, counts = np.unique(sides, return_counts=True)
             fed = [self.feed(int(side)) for side in known]
-            macs = [self.own.macs(self.channels, side) for side in fed]
+            macs = [self.network.macs(self.channels, side) for side in fed]
             row["gmacs"] = float(np.average(macs, weights=counts)) / 1e9
-            row["params_m"] = self.own.parameters / 1e6
+            row["params_m"] = self.network.parameters / 1e6
             if row["size_px"] is None:
                 row["fed_px"] = float(np.average(fed, weights=counts))
 
     def latencies(self, table: list[dict[str, Any]]) -> None:
-        """Latencies into the rows; a side that is fed for several sizes is timed once."""
+        """Write latencies into the rows; an input side of several sizes is timed once."""
         sides = sorted({row["fed_px"] for row in table if row["size_px"] is not None})
-        plain = Measured(self.own.model, features=False, device=self.own.target)
+        plain = EvalNetwork(self.network.model, features=False, device=self.network.target)
         with plain, progress_bar(len(sides), desc="time", unit="side", show=self.progress) as bar:
             for side in sides:
                 for b in LATENCY_BATCHES:
@@ -301,19 +312,23 @@ class _Job:
                 bar.update()
             bar.leave = True
 
-    def _looks(self, sides: Sequence[int]) -> Crops:
-        looks = self.looks
-        return Crops(looks.data, tuple(sides), None, looks.mean, looks.std, looks.seed)
+    def _crops(self, sides: Sequence[int]) -> Crops:
+        """The centre squares of the images at some sides."""
+        crops = self.crops
+        return Crops(crops.data, tuple(sides), None, crops.mean, crops.std, crops.seed)
 
     def _forward(self, x: Tensor, side: int) -> tuple[Tensor, Tensor | None]:
+        """Scores and features of images at a side, resized to the input side."""
         self.channels = x.shape[1]
-        return self.own(resize(x, self.feed(side)), side)
+        return self.network(resize(x, self.feed(side)), side)
 
     def _score(
         self, found: Predictions, k: int, logits: Tensor, labels: Tensor, rows: list[int]
     ) -> None:
+        """Write ranks and predictions of one batch into column k."""
         if not self.classes:
-            self.rows = rows_for(self.asked_rows, logits.shape[1], self.source, self.own.model)
+            spec = network_spec(self.network.model)
+            self.rows = class_rows(self.given_rows, logits.shape[1], self.source, spec)
             self.classes = logits.shape[1] if self.rows is None else len(self.rows)
         if self.rows is not None:
             logits = logits[:, self.rows]
@@ -321,8 +336,8 @@ class _Job:
             bad = rows[int((~torch.isfinite(logits)).any(1).nonzero()[0, 0])]
             where = f"image {bad} of {self.source.name!r} at {found.side_px[bad, k]} px"
             raise ValueError(
-                f"scores are not finite: {self.own.name}, {where}: mend the network's weights, or "
-                "its input's normalisation"
+                f"scores are not finite: {self.network.name}, {where}: check the weights of the "
+                "network and the mean and std of its inputs"
             )
         rank, predicted = true_class_rank(logits, labels)
         found.rank[rows, k], found.predicted[rows, k] = rank.numpy(), predicted.numpy()
@@ -331,7 +346,7 @@ class _Job:
         return progress_bar(len(self.source), desc=what, unit="image", show=self.progress)
 
 
-def _nothing(views: list[str], n: int) -> Predictions:
-    """Room for the predictions of n images."""
+def _empty_predictions(views: list[str], n: int) -> Predictions:
+    """Predictions of n images, all zero, to be filled."""
     small = [np.zeros((n, len(views)), dtype=np.int64) for _ in range(3)]
     return Predictions(np.array(views), np.zeros(n, dtype=np.int64), *small)

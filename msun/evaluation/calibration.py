@@ -1,4 +1,4 @@
-"""Batch norm statistics for sizes that a network was not trained at, from training images.
+"""Re-estimate batch norm statistics for further sizes, on training images.
 
 Re-estimated statistics: Yu et al. 2019 (slimmable networks), Yang et al. 2020 (MutualNet).
 """
@@ -25,7 +25,7 @@ from cka_probe.progress import progress_bar
 from cka_probe.rng import preserved_rng
 from msun.data.crops import Crops
 from msun.data.labelled import Labelled, open_labelled
-from msun.evaluation.classes import normalisation
+from msun.evaluation.inputs import resolve_mean_std
 from msun.network.model import MSUN
 from msun.network.norms import install, recalibrate, select, sized_norms
 
@@ -51,35 +51,34 @@ def calibrate(
 ) -> MSUN:
     """Re-estimate the batch norm statistics of subnets and trunk for further sizes, in place.
 
-    An image of one of these sizes is from then on normalised by them; weights, biases and the
-    statistics of other sizes stay, and `msun.save` keeps them. A trained size whose
-    norms are its own ("private") has its statistics already and is passed over, unless it is fed
-    or learned from other sizes as well (`Policy.inputs`, `TrainConfig.between`): then its
-    statistics are those of all of them, and it is worth naming here.
+    Images of these sizes are then normalised with the new statistics. Weights, biases and the
+    statistics of other sizes stay, and `msun.save` saves all of them. A trained size with "private"
+    norms has its own statistics and is skipped, unless other sizes use the same norms
+    (`Policy.inputs`, `TrainConfig.between`): then new statistics help.
 
     Args:
-        model: the network.
-        data: training images, as for `open_labelled`; the labels are not used. Those that are
-            tested on would make the test easier than it is.
+        model: the network; changed in place.
+        data: training images, as for `open_labelled`; labels are not used. Test images would bias
+            the test.
         sizes: sides of square images in pixels; for other shapes, `msun.norms.recalibrate` takes
             batches of one (h, w).
-        n_images: how many, seeded; all where there are fewer.
-        batch_size: images a batch, at most; batches are made equal, since each is normalised by
-            its own statistics on the way.
-        split: as in `open_labelled`.
-        mean: channel means for pixels; None: the network's own, else ImageNet's.
+        n_images: number of random images; all if there are fewer.
+        batch_size: highest number of images per batch; batches are of equal size, since each is
+            normalised with its own statistics.
+        split: split of the data, as in `open_labelled`.
+        mean: channel means for pixels; None for those of the network, else of ImageNet.
         std: channel standard deviations.
-        seed: of the choice of images.
-        device: where to run; None for where the network is.
-        workers: processes that decode images.
-        progress: show a progress bar.
+        seed: seed of the choice of images.
+        device: device to run on; None for that of the network.
+        workers: number of processes that decode images.
+        progress: whether to show a progress bar.
 
     Returns:
         The same network.
 
     Raises:
         ImageError: an image that cannot be read, by name.
-        TypeError: a network that is no MSUN.
+        TypeError: a network that is not an MSUN.
         ValueError: no batch norm to re-estimate, a size that the network cannot take, or bad
             options.
     """
@@ -112,53 +111,53 @@ def recalibrated(
 ) -> Network:
     """A copy of any network with batch norm statistics re-estimated for each size.
 
-    The copy normalises images of these sizes by their own statistics, all others as before; its
-    modules keep their paths. It is what a network with one set of weights can have for the asking,
-    and so the baseline that a multi-scale network must beat.
+    The copy normalises images of these sizes with their own statistics, and others as before.
+    Modules keep their paths. Any network can have this without training, so it is the baseline for
+    a multi-scale network.
 
     Args:
-        model: any network, or what `load_model` gave.
-        data: as for `calibrate`, as are the other options.
+        model: any network, or a result of `load_model`.
+        data: training images, as for `calibrate`.
         sizes: sides in pixels.
-        n_images: how many.
-        batch_size: images a batch, at most.
-        split: as in `open_labelled`.
+        n_images: number of random images.
+        batch_size: highest number of images per batch.
+        split: split of the data, as in `open_labelled`.
         mean: channel means for pixels.
         std: channel standard deviations.
-        seed: of the choice of images.
-        device: where to run.
-        workers: processes that decode images.
-        progress: show a progress bar.
+        seed: seed of the choice of images.
+        device: device to run on; None for that of the network.
+        workers: number of processes that decode images.
+        progress: whether to show a progress bar.
 
     Returns:
-        As what was given: a network, or a loaded model with the copy in it.
+        The copy, in the type of `model`: a network or a loaded model.
 
     Raises:
         ImageError: an image that cannot be read, by name.
-        ValueError: as `calibrate`.
+        ValueError: as for `calibrate`.
     """
     plain = unwrap(model.model if isinstance(model, LoadedModel) else model)
     images = _Images(model, data, n_images, batch_size, split, mean, std, seed, workers)
-    twin = copy.deepcopy(plain)
-    if not isinstance(twin, MSUN):
-        install(twin)
-        if _select_by_size not in twin._forward_pre_hooks.values():
-            twin.register_forward_pre_hook(_select_by_size)
-    _estimate(twin, check_scales(sizes), images, device, progress)
+    copied = copy.deepcopy(plain)
+    if not isinstance(copied, MSUN):
+        install(copied)
+        if _select_by_size not in copied._forward_pre_hooks.values():
+            copied.register_forward_pre_hook(_select_by_size)
+    _estimate(copied, check_scales(sizes), images, device, progress)
     if isinstance(model, LoadedModel):
-        return dataclasses.replace(model, model=twin)
-    return twin  # type: ignore[return-value]
+        return dataclasses.replace(model, model=copied)
+    return copied  # type: ignore[return-value]
 
 
 def _select_by_size(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Before a forward: the norms inside work for images of that size."""
+    """Forward pre-hook: select the statistics for the size of the images."""
     if args and isinstance(args[0], Tensor) and args[0].ndim == 4:
         h, w = args[0].shape[-2:]
         select(module, 0, (int(h), int(w)))
 
 
 class _Images:
-    """Training images in equal batches at one size."""
+    """Random training images in batches of equal size, at any side."""
 
     def __init__(
         self,
@@ -181,14 +180,14 @@ class _Images:
         parts = np.array_split(chosen, math.ceil(len(chosen) / batch_size))
         self.rows = [part.tolist() for part in parts]
         self.source, self.workers = source, workers
-        self.mean, self.std = normalisation(mean, std, model, source)
+        self.mean, self.std = resolve_mean_std(mean, std, model, source)
 
     def at(
         self, side: int, device: torch.device, dtype: torch.dtype
     ) -> Generator[Tensor, None, None]:
         """The batches at one side, (b, c, side, side)."""
-        looks = Crops(self.source, (side,), None, self.mean, self.std)
-        with closing(looks.batches(self.rows, workers=self.workers)) as stream:
+        crops = Crops(self.source, (side,), None, self.mean, self.std)
+        with closing(crops.batches(self.rows, workers=self.workers)) as stream:
             for views, _ in stream:
                 yield views[side].to(device, dtype)
 
@@ -196,7 +195,7 @@ class _Images:
 def _estimate(
     model: nn.Module, sides: list[int], images: _Images, target: Any, progress: bool
 ) -> None:
-    """Statistics for each side."""
+    """Re-estimate the statistics for each side."""
     if not sized_norms(model):
         text = type(model).__name__
         raise ValueError(f"no batch norm to re-estimate: {text}: evaluate it without calibration")

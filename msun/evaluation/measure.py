@@ -1,4 +1,4 @@
-"""One network under measurement: its scores and features, what it costs, how long it takes."""
+"""Run one network for an evaluation: scores and features, cost and latency."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from cka_probe.engine.minibatch import Minibatch
 from cka_probe.errors import one_line
 from cka_probe.probing.forward import device_of, move_to
 from cka_probe.rng import eval_mode, preserved_rng
+from msun.network.classifier import last_layer
 from msun.network.model import MSUN
 from msun.network.shape_probe import ShapeProbe, parameter_count
 
-__all__ = ["Measured", "close_features", "put_features"]
+__all__ = ["EvalNetwork", "end_batch", "update_features"]
 
-_RUNS = 15  # of a latency, at most
-_LEAST_RUNS = 3
-_BUDGET_S = 0.5  # of a latency; no more runs are begun after it
-_MATRICES = (nn.Linear, nn.Conv2d)
+# Latency is a median of 3 to 15 runs, which drops outliers. After 0.5 s no further run begins, so
+# that slow networks do not take minutes.
+_MAX_RUNS, _MIN_RUNS, _BUDGET_S = 15, 3, 0.5
 
 
-class Measured:
-    """A network in a `with`: in eval mode, without gradients, with one hook for its features.
+class EvalNetwork:
+    """A context in which a network is in eval mode, without gradients, with a hook for features.
 
-    Afterwards, however the `with` ends, the hook is gone and each module's training flag, the
-    device and the global random state are as they were.
+    On exit, also after an error, the hook is removed, and training flags, device and global random
+    state are restored.
 
     Args:
         model: an MSUN, or any network from images (n, c, h, w) to scores (n, classes).
-        at: the module whose output is taken as features. None: the map that an MSUN's trunk gets;
-            what goes into the last linear layer or convolution that runs of any other network.
-        features: whether features are wanted at all.
-        device: where to run; None for where the network is.
+        at: path of the module whose output is the features. None for the input of the trunk of an
+            MSUN, or of the last linear layer or convolution that runs in another network.
+        features: whether to record features.
+        device: device to run on; None for that of the network.
 
     Raises:
         TypeError: not a network.
@@ -60,22 +60,22 @@ class Measured:
         self._path = names[at] if at is not None else None
         self.target, self._stack = device, ExitStack()
         self._kept: Tensor | None = None
-        self._shadow: ShapeProbe | None = None
+        self._probe: ShapeProbe | None = None
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         return device_of(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its parameters, and so of what it is fed."""
+        """The type of its parameters, and so of its inputs."""
         floats = (p.dtype for p in self.model.parameters() if p.is_floating_point())
         return next(floats, torch.float32)
 
     @property
     def where(self) -> str:
-        """What the features are, in words; known after the first forward."""
+        """A description of the features; known after the first forward."""
         if not self.features:
             return "none"
         if self.at is not None:
@@ -84,7 +84,7 @@ class Measured:
             return f"the map that the trunk gets, after {self.model.at!r}"
         return f"input of {self._path!r}" if self._path is not None else "none"
 
-    def __enter__(self) -> Measured:
+    def __enter__(self) -> EvalNetwork:
         with ExitStack() as stack:
             stack.enter_context(preserved_rng())
             move_to(self.model, self.target, stack)
@@ -106,15 +106,15 @@ class Measured:
         """Scores and features of a batch.
 
         Args:
-            x: what is fed, (n, c, h, w).
-            side_px: the size that the images had, for messages.
+            x: input images (n, c, h, w).
+            side_px: side of the images before resizing, for messages.
 
         Returns:
-            (scores (n, outputs), on the CPU; features (n, d), or None where none are wanted).
+            (scores (n, outputs), on the CPU; features (n, d), or None without features).
 
         Raises:
-            TypeError: the network gives no scores.
-            ValueError: it cannot take the size, or there are no features to take.
+            TypeError: the output is not one tensor of scores.
+            ValueError: a size that the network cannot take, or no features.
         """
         x = x.to(self.device, self.dtype)
         self._kept = None
@@ -122,11 +122,11 @@ class Measured:
         place = f"{self.name} at {side_px} px{fed}"
         try:
             if self.features and self._path is None and not isinstance(self.model, MSUN):
-                self._find_classifier(x)
+                self._hook_classifier(x)
             out = self.model(x)
         except torch.OutOfMemoryError as error:
             raise ValueError(f"out of memory: {place}: use a smaller batch_size") from error
-        except Exception as error:  # whatever a network raises on a size that it cannot take
+        except Exception as error:  # networks raise any type for a size that they cannot take
             where = failing_module(error, self.model)
             layer = f", in {where!r}" if where else ""
             raise ValueError(
@@ -138,8 +138,8 @@ class Measured:
             raise TypeError(f"no scores: {place} gave {what}: return one tensor (n, classes)")
         kept, self._kept = self._kept, None
         if self.features and kept is None:
-            raise ValueError(f"no features: {self.at or ROOT!r} of {place} put out none: name "
-                             "another module, or do without CKA")  # fmt: skip
+            raise ValueError(f"no features: {self.at or ROOT!r} of {place} returned none: name "
+                             "another module, or evaluate without CKA")  # fmt: skip
         return out.float().cpu(), kept
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -150,69 +150,69 @@ class Measured:
 
     def _keep(self, value: Any) -> None:
         if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1:
-            self._kept = value.flatten(1).clone()  # (n, d); a later layer may write into it
+            self._kept = value.flatten(1).clone()  # (n, d); a later in-place layer may overwrite it
 
-    def _find_classifier(self, x: Tensor) -> None:
-        """Hook what goes into the last linear layer or convolution of a forward."""
-        ran: list[str] = []
-        with ExitStack() as stack:
-            for path, module in self._modules.items():
-                if isinstance(module, _MATRICES):
-                    hook = module.register_forward_pre_hook(lambda *_, path=path: ran.append(path))
-                    stack.callback(hook.remove)
-            self.model(x[:1])
-        if ran:
-            self._path = ran[-1]
-            module = self._modules[ran[-1]]
+    def _hook_classifier(self, x: Tensor) -> None:
+        """Hook the input of the last linear layer or convolution of a forward."""
+        path, _ = last_layer(self.model, x[:1])
+        if path:
+            self._path = path
+            module = self._modules[path]
             self._stack.callback(module.register_forward_pre_hook(self._before).remove)
 
     def macs(self, channels: int, side_px: int) -> float:
         """Multiply-accumulates of convolutions and matrix products for one square image.
 
         Args:
-            channels: of the image.
-            side_px: what is fed.
+            channels: number of image channels.
+            side_px: side of the input.
 
         Returns:
-            The number; nan where it cannot be counted.
+            The number; nan if it cannot be counted.
         """
         if isinstance(self.model, MSUN):
             return self.model.macs(side_px)
         shape = (1, channels, side_px, side_px)
-        if self._shadow is None:
-            self._shadow = ShapeProbe(self.model, shape)
-        seen = self._shadow.see(shape)
-        return float("nan") if seen.fault else seen.macs
+        if self._probe is None:
+            self._probe = ShapeProbe(self.model, shape)
+        result = self._probe.run(shape)
+        return float("nan") if result.fault else result.macs
 
     def latency_ms(self, shape: tuple[int, ...]) -> float:
-        """How long one forward takes here and now: the median of 3 to 15 runs after one more.
+        """Time one forward: the median of 3 to 15 runs after a warm-up run.
 
-        It is a fact about this machine, its threads and what else it does at the time.
+        The result depends on the machine, its threads and its load.
 
         Args:
-            shape: of the batch, (n, c, h, w); the images are noise.
+            shape: shape of the batch, (n, c, h, w); the images are noise.
 
         Returns:
-            Milliseconds a batch.
+            Milliseconds per batch.
         """
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         x, took = noise.to(self.device, self.dtype), list[float]()
-        for _ in range(_RUNS + 1):
+        for _ in range(_MAX_RUNS + 1):
             start = time.perf_counter()
             self.model(x)
             if x.is_cuda:
                 torch.cuda.synchronize(x.device)
             took.append((time.perf_counter() - start) * 1000)
-            if len(took) > _LEAST_RUNS and sum(took) > 1000 * _BUDGET_S:
+            if len(took) > _MIN_RUNS and sum(took) > 1000 * _BUDGET_S:
                 break
         return statistics.median(took[1:])
 
 
-def put_features(estimator: Minibatch, side: int, features: Tensor | None, name: str) -> None:
-    """Hand the features of a batch at one side over, where there are any.
+def update_features(estimator: Minibatch, side: int, features: Tensor | None, name: str) -> None:
+    """Update an estimator with the features of a batch at one side.
+
+    Args:
+        estimator: the CKA estimator, with sides as keys.
+        side: side of the images in pixels.
+        features: features (n, d); None for nothing to do.
+        name: name of the network, for messages.
 
     Raises:
-        ValueError: they are not finite; on the CPU.
+        ValueError: features that are not finite; on the CPU.
     """
     if features is None:
         return
@@ -222,11 +222,16 @@ def put_features(estimator: Minibatch, side: int, features: Tensor | None, name:
         raise _not_finite(name, side, error) from None
 
 
-def close_features(estimator: Minibatch, index: int, name: str) -> None:
-    """End a batch; an accelerator tells only then what was not finite in it.
+def end_batch(estimator: Minibatch, index: int, name: str) -> None:
+    """End a batch of an estimator; on a GPU, features are checked only here.
+
+    Args:
+        estimator: the CKA estimator.
+        index: number of the batch.
+        name: name of the network, for messages.
 
     Raises:
-        ValueError: features are not finite.
+        ValueError: features that are not finite.
     """
     try:
         estimator.end_batch(index)
@@ -235,5 +240,5 @@ def close_features(estimator: Minibatch, index: int, name: str) -> None:
 
 
 def _not_finite(name: str, side: int, error: Exception) -> ValueError:
-    way = "mend the network's weights, or its input's normalisation"
-    return ValueError(f"features are not finite: {name} at {side} px, {error}: {way}")
+    hint = "check the weights of the network and the mean and std of its inputs"
+    return ValueError(f"features are not finite: {name} at {side} px, {error}: {hint}")

@@ -1,4 +1,4 @@
-"""A backbone, a cut and the scales -> a multi-scale network."""
+"""Build a multi-scale network from a backbone, a cut and the scales."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from cka_probe.io import plain
 from cka_probe.models.load import LoadedModel
 from cka_probe.models.preprocessing import stated_constants
 from msun.cutting.cuts import cut, example_images, find_cuts
-from msun.cutting.dataflow import Part
+from msun.cutting.halves import Part
 from msun.network.functional_layers import with_functional_modules
 from msun.network.kernel_resize import STARTS, resample_first
 from msun.network.model import MSUN, Origin
 from msun.network.norms import install
-from msun.network.paper import Recipe, paper_recipe, paper_subnet
+from msun.network.paper import PaperDesign, paper_design, paper_subnet
 from msun.network.policy import RAW_TAU, Policy, check_scales, merge_grid, policy_of
 from msun.network.shape_probe import ShapeProbe
 from msun.network.stride_removal import remove_strides
@@ -28,7 +28,7 @@ from msun.network.stride_removal import remove_strides
 __all__ = ["build", "fingerprint", "map_axes", "small_subnets"]
 
 
-@torch.inference_mode(False)  # else the copied parameters could not be trained
+@torch.inference_mode(False)  # parameters copied in inference mode could not be trained
 def build(
     backbone: nn.Module | LoadedModel,
     at: str,
@@ -43,35 +43,38 @@ def build(
     policy: Policy | None = None,
     spec: Mapping[str, Any] | None = None,
 ) -> MSUN:
-    """A multi-scale network around a backbone, which is copied and left as it is.
+    """Build a multi-scale network from a copy of a backbone.
 
-    At the largest scale it is the backbone, to the bit, until it is trained; with one scale it is
-    nothing else. Smaller scales get the head with as many strides taken out as their grid needs
-    (`msun.network.stride_removal`); the preset "paper" has the hand-made subnets for the
-    paper's four backbones at its cuts and scales, and `origin` says which of the two it is.
+    Before training, the network equals the backbone to the bit at the largest scale. The subnets of
+    smaller scales are copies of the head with some strides removed, so that the map of a small
+    image keeps a larger grid (`msun.network.stride_removal`). The preset "paper" uses the paper's
+    hand-made subnets where backbone, cut and scales are those of the paper; `origin` says which
+    kind was built.
 
     Args:
-        backbone: a network that takes one image tensor and gives logits (n, classes).
-        at: the module after which the shared trunk begins, one of `msun.cut_points(backbone)`.
-        scales: sides in pixels; the largest is the reference, which the backbone must take.
-        preset: "lean" or "paper", or one that was registered.
-        subnets: "own" or "shared" weights, in place of the preset's.
-        merge: "full", "follow" or "native", in place of the preset's.
-        norm: "shared" or "private" batch norms, in place of the preset's.
-        inputs: "native", "small" or "scale" (see `Policy`), in place of the preset's.
-        start: of the small subnets: "copied"; "resampled", the first kernel to their pixel scale;
-            "dilated" where a stride was taken out, so that the old grid's pixels keep their values
-            (then the last strides go, whatever the policy says).
-        policy: in place of the preset's.
-        spec: plain values that say how to make the backbone again; a `LoadedModel` brings them.
+        backbone: a network from one image tensor to logits (n, classes); left unchanged.
+        at: path of the last module of the head, one of `msun.cut_points(backbone)`.
+        scales: sides in pixels; the largest is the reference.
+        preset: name of a policy: "lean" or "paper", or a registered one.
+        subnets: weights of the subnets, "own" or "shared"; None for the policy's choice.
+        merge: grid of the trunk, "full", "follow" or "native"; None for the policy's choice.
+        norm: batch norms, "shared" or "private"; None for the policy's choice.
+        inputs: input sizes, "native", "small" or "scale" (see `Policy`); None for the policy's
+            choice.
+        start: initial weights of the small subnets: "copied"; "resampled", with the first kernel
+            resampled to their pixel scale; or "dilated", with layers dilated after a removed
+            stride, so that the pixels of the old grid keep their values (this removes the last
+            strides first, whatever the policy).
+        policy: a policy, instead of a preset.
+        spec: plain values that describe how to rebuild the backbone; a `LoadedModel` has its own.
 
     Returns:
-        The network, in the mode that the backbone is in.
+        The network, in the mode of the backbone.
 
     Raises:
-        TypeError: no network, no policy, or scales that are no whole numbers.
-        ValueError: a bad choice, no valid cut there, a scale that the head cannot take, or no
-            logits.
+        TypeError: no network, no policy, or scales that are not whole numbers.
+        ValueError: an unknown choice, an invalid cut, a scale that the head cannot take, or a
+            backbone without logits.
 
     >>> import torch
     >>> from torchvision.models import resnet18
@@ -101,16 +104,16 @@ def build(
     private = sides if policy.norm == "private" and len(sides) > 1 else None
     if policy.subnets == "shared":
         install(head, private)
-    recipe, why = None, ""
+    design, why = None, ""
     if preset == "paper":
-        recipe, why = _recipe(model, at, example, sides, policy, start)
-    made, changes = small_subnets(head, sides, policy, recipe, start, example, axes)
+        design, why = _paper_design(model, at, example, sides, policy, start)
+    made, changes = small_subnets(head, sides, policy, design, start, example, axes)
     for own in made.values() if policy.subnets == "own" else ():
         install(own)
     install(tail, private)
-    source = f"hand-made as in the paper: {recipe.name}" if recipe else "strides taken out"
-    if recipe is not None and recipe.tau != RAW_TAU:
-        known["tau"] = recipe.tau
+    source = f"hand-made as in the paper: {design.name}" if design else "strides taken out"
+    if design is not None and design.tau != RAW_TAU:
+        known["tau"] = design.tau
     net = MSUN(
         made,
         tail,
@@ -133,21 +136,29 @@ def build(
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a network's structure: its class, its parts and what they are set to.
+    """SHA-256 of the structure of a network, not of its weights.
 
-    Names and shapes of parameters and buffers; of each module without children its class and what
-    steers a convolution, a pooling or a norm. What a container's forward does is not in it.
+    It covers the class of the network, the names and shapes of parameters and buffers, and the
+    class and settings of each module without children. The code of forwards is not covered.
+
+    Args:
+        model: the network.
+
+    Returns:
+        The hash in hexadecimal.
     """
     state = model.state_dict(keep_vars=True)
     lines = [f"{key} {tuple(x.shape)}" for key, x in sorted(state.items()) if isinstance(x, Tensor)]
     for path, module in model.named_modules():
         if not module._modules:
-            told = [f"{name}={getattr(module, name)}" for name in _TOLD if hasattr(module, name)]
-            lines.append(" ".join((path, type(module).__name__, *told)))
+            values = [f"{x}={getattr(module, x)}" for x in _SETTINGS if hasattr(module, x)]
+            lines.append(" ".join((path, type(module).__name__, *values)))
     return hashlib.sha256("\n".join([type(model).__name__, *lines]).encode()).hexdigest()
 
 
-_TOLD = (
+# Settings of convolutions, poolings and norms that change the output. Their order is part of the
+# fingerprint, which checkpoints hold.
+_SETTINGS = (
     "kernel_size",
     "stride",
     "padding",
@@ -160,11 +171,12 @@ _TOLD = (
 
 
 def _spec(backbone: nn.Module | LoadedModel, spec: Mapping[str, Any] | None) -> dict[str, Any]:
-    """How to make the backbone again, in plain values."""
+    """How to rebuild the backbone, in plain values."""
     known: dict[str, Any] = {}
     if isinstance(backbone, LoadedModel):
         known = {"name": backbone.name, "model_args": {}}
         known |= {"mean": backbone.mean, "std": backbone.std, "weights": backbone.weights}
+        # the key in checkpoints of format 1 for the number of classes
         known |= {} if backbone.classes is None else {"new_head": backbone.classes}
     elif not isinstance(backbone, nn.Module):
         raise TypeError(f"no network: {type(backbone).__name__}: give an nn.Module")
@@ -175,7 +187,7 @@ def _spec(backbone: nn.Module | LoadedModel, spec: Mapping[str, Any] | None) -> 
 
 
 def _parts(model: nn.Module, at: str, example: Tensor) -> tuple[Part, Part]:
-    """Head and tail of a copy."""
+    """Head and tail of a copy of the backbone."""
     head, tail = cut(copy.deepcopy(model), at, example)
     assert isinstance(head, Part)
     assert isinstance(tail, Part)
@@ -183,83 +195,90 @@ def _parts(model: nn.Module, at: str, example: Tensor) -> tuple[Part, Part]:
 
 
 def map_axes(head: Part, example: Tensor) -> tuple[int, int]:
-    """Where rows and columns stand in the map: the axes that follow the image's size.
+    """The axes of rows and columns in the map: the two axes that change with the size of the image.
 
     Args:
-        head: of the backbone.
+        head: the head of the backbone.
         example: images that it takes, (n, c, h, w).
+
+    Returns:
+        (2, 3), or (1, 2) for channels last.
     """
     shape = (1, *example.shape[1:])
-    shadow = ShapeProbe(head, shape)
-    here, side = shadow.see(shape).shape, shape[-1]
+    probe = ShapeProbe(head, shape)
+    here, side = probe.run(shape).shape, shape[-1]
+    # some networks refuse a size, so several are tried; 32 px is the usual total stride
     for other in (2 * side, side + 32, side + 64, side // 2):
-        seen = shadow.see((*shape[:2], other, other))
-        if seen.fault or len(seen.shape) != 4:
+        result = probe.run((*shape[:2], other, other))
+        if result.fault or len(result.shape) != 4:
             continue
-        moved = [axis for axis in (1, 2, 3) if seen.shape[axis] != here[axis]]
+        moved = [axis for axis in (1, 2, 3) if result.shape[axis] != here[axis]]
         if moved in ([1, 2], [2, 3]):
             return moved[0], moved[1]
     return (1, 2) if here[1] == here[2] != here[3] else (2, 3)
 
 
-def _recipe(
+def _paper_design(
     model: nn.Module,
     at: str,
     example: Tensor,
     sides: tuple[int, ...],
     policy: Policy,
     start: str,
-) -> tuple[Recipe | None, str]:
-    """The paper's own subnets, where it has them."""
+) -> tuple[PaperDesign | None, str]:
+    """The paper's hand-made subnets and "", or None and the reason why there are none."""
     if policy.subnets == "shared" or start == "dilated":
         return None, "the paper's subnets have weights of their own and are not dilated"
-    recipe, why = paper_recipe(model, (at,), sides)
-    if recipe is None and "cuts" in why:  # the same cut may have other names
+    design, why = paper_design(model, (at,), sides)
+    if design is None and "cuts" in why:  # the same cut may have other names
         names = next((c.names for c in find_cuts(model, example) if at in c.names), (at,))
-        recipe, why = paper_recipe(model, names, sides)
-    return recipe, why
+        design, why = paper_design(model, names, sides)
+    return design, why
 
 
 def small_subnets(
     head: Part,
     sides: tuple[int, ...],
     policy: Policy,
-    recipe: Recipe | None,
+    design: PaperDesign | None,
     start: str,
     example: Tensor,
     axes: tuple[int, int],
 ) -> tuple[dict[int, Part], dict[int, str]]:
-    """The subnet of each scale, and what differs from the backbone's head.
+    """The subnet of each scale, and a text of its changes.
 
     Args:
-        head: of the backbone; that of the reference, the last of `sides`.
-        sides: of the scales in pixels, ascending.
-        policy: the choices.
-        recipe: the paper's own subnets; None to take strides out.
-        start: what the small ones start from.
+        head: the head of the backbone, which is the subnet of the reference.
+        sides: scales in pixels, ascending; the last is the reference.
+        policy: the policy of the network.
+        design: the paper's hand-made subnets; None to remove strides.
+        start: initial weights of the small subnets, as in `build`.
         example: images at the reference scale, (n, c, h, w).
-        axes: where rows and columns stand in the map.
+        axes: axes of rows and columns in the map.
+
+    Returns:
+        ({scale: subnet}, {scale: changes from the head as text, "" for none}).
 
     Raises:
         ValueError: a scale that the head cannot take.
     """
     reference = sides[-1]
     known = (1, *example.shape[1:])
-    shadow = ShapeProbe(head, known)
+    probe = ShapeProbe(head, known)
 
     def grid(side: int) -> tuple[int, int]:
-        seen = shadow.see((1, known[1], side, side))
-        if seen.fault:
+        result = probe.run((1, known[1], side, side))
+        if result.fault:  # too small for the head with all strides: in proportion to the reference
             full = grid(reference)
             return max(1, full[0] * side // reference), max(1, full[1] * side // reference)
-        return seen.shape[axes[0]], seen.shape[axes[1]]
+        return result.shape[axes[0]], result.shape[axes[1]]
 
     made, changes = {reference: head}, {reference: ""}
     for side in sides[:-1]:
         own = copy.deepcopy(head) if policy.subnets == "own" else head
-        if recipe is not None:
-            made[side] = paper_subnet(recipe, own, side, resample=start == "resampled")
-            changes[side] = recipe.told(side)
+        if design is not None:
+            made[side] = paper_subnet(design, own, side, resample=start == "resampled")
+            changes[side] = design.describe(side)
             continue
         wanted = merge_grid(
             policy,
@@ -287,7 +306,7 @@ def small_subnets(
 
 
 def _check_logits(net: MSUN) -> None:
-    """Every scale is served, and logits come out."""
+    """Raise where a scale cannot be run, or the output is not logits (n, classes)."""
     for side in net.scales:
         net.plan(side, scale=side)
     shape = net.output_shape

@@ -1,4 +1,4 @@
-"""A multi-scale network in a file: plain types and tensors, read without running anything."""
+"""Save and load a multi-scale network: plain types and tensors, read with `weights_only`."""
 
 from __future__ import annotations
 
@@ -22,16 +22,19 @@ from msun.network.policy import POLICIES, Policy, check_scales
 
 __all__ = ["FORMAT", "describe", "load", "load_into", "read", "save"]
 
-FORMAT = 1
+FORMAT = 1  # a reader refuses newer formats
 _KIND = "msun"
 _KEYS = {"at", "scales", "preset", "policy", "spec", "backbone", "fingerprint", "subnets", "start"}
 
 
 def describe(model: MSUN) -> dict[str, Any]:
-    """What a checkpoint says of a network, in plain values.
+    """The description of a network that a checkpoint holds, in plain values.
 
     Args:
         model: the network.
+
+    Returns:
+        Cut, scales, policy, spec and origin, by name.
     """
     return {
         "at": model.at,
@@ -47,18 +50,18 @@ def describe(model: MSUN) -> dict[str, Any]:
 
 
 def save(model: MSUN, path: str | os.PathLike[str], extra: Mapping[str, Any] | None = None) -> Path:
-    """Write a network to a file, whole or not at all.
+    """Write a network to a file, atomically.
 
     Args:
         model: the network.
-        path: a file in a folder that exists.
-        extra: more plain values and tensors to keep with it.
+        path: path of the file, in an existing folder.
+        extra: further plain values and tensors to store.
 
     Returns:
         The path.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     content = {
         "kind": _KIND,
@@ -73,14 +76,17 @@ def save(model: MSUN, path: str | os.PathLike[str], extra: Mapping[str, Any] | N
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a checkpoint holds: "network" (see `describe`), "state" and "extra".
+    """Read a checkpoint, without building the network.
 
     Args:
-        path: the file.
+        path: path of the file.
+
+    Returns:
+        "network" (see `describe`), "state" (tensors by name) and "extra".
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged, no checkpoint of a multi-scale network, or of a newer format.
+        ValueError: a damaged file, another kind of file, or a newer format.
     """
     path = Path(path)
     if not path.is_file():
@@ -90,8 +96,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     except MemoryError:
         raise
     except Exception as error:  # UnpicklingError, EOFError, RuntimeError, KeyError, ...
-        reason = "not one, or cut short or damaged"
-        raise ValueError(f"cannot read the checkpoint: {path}, {reason}: make it again") from error
+        reason = "another kind of file, or damaged"
+        raise ValueError(f"cannot read the checkpoint: {path}, {reason}: save it again") from error
     if not isinstance(content, dict) or content.get("kind") != _KIND:
         raise ValueError(f"no checkpoint of a multi-scale network: {path}: give one of `msun`")
     if not isinstance(content.get("format"), int) or content["format"] > FORMAT:
@@ -99,7 +105,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     network, state = content.get("network"), content.get("state")
     whole = isinstance(network, dict) and network.keys() >= _KEYS and isinstance(state, dict)
     if not whole or not all(isinstance(x, Tensor) for x in state.values()):  # type: ignore[union-attr]
-        raise ValueError(f"checkpoint lacks a part: {path}: make it again")
+        raise ValueError(f"checkpoint is incomplete: {path}: save it again")
     return content
 
 
@@ -110,30 +116,33 @@ def load(
     at: str | None = None,
     scales: Sequence[int] | None = None,
 ) -> MSUN:
-    """Build the network of a checkpoint and load its weights; in eval mode, on the CPU.
+    """Build the network of a checkpoint and load its weights.
 
     Args:
-        path: the file.
-        backbone: the network that it was built around; None to make it again by its name.
-        at: the cut that is expected; None for any.
-        scales: the sides that are expected; None for any.
+        path: path of the file.
+        backbone: the backbone that the network was built from; None to rebuild it by its name.
+        at: the expected cut; None for any.
+        scales: the expected scales, sides in pixels; None for any.
+
+    Returns:
+        The network, in eval mode, on the CPU.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that cannot be read, or one for another backbone, cut or scales.
+        ValueError: an unreadable file, or a checkpoint of another backbone, cut or scales.
     """
     content = read(path)
     network = content["network"]
     _expect(path, network, at=at, scales=scales)
     if backbone is None:
-        backbone = _made_again(path, network["spec"])
+        backbone = _rebuilt(path, network["spec"])
     inner = unwrap(backbone.model if isinstance(backbone, LoadedModel) else backbone)
     if fingerprint(inner) != network["fingerprint"]:
         other = backbone.name if isinstance(backbone, LoadedModel) else type(inner).__name__
         made = network["spec"].get("name") or network["backbone"]
         raise ValueError(
             f"checkpoint for another backbone: {path} was built around {made!r}, not {other!r}: "
-            "give that one, with as many classes"
+            "give that backbone, with the same number of classes"
         )
     policy = _policy(path, network)
     preset = network["preset"] if network["preset"] in POLICIES else "lean"
@@ -152,18 +161,18 @@ def load(
 
 
 def load_into(model: MSUN, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Load a checkpoint's weights into a network that is there.
+    """Load the weights of a checkpoint into a network.
 
     Args:
-        model: built like the checkpoint's.
-        path: the file.
+        model: a network built like the saved one; changed in place.
+        path: path of the file.
 
     Returns:
-        What was saved with it as `extra`.
+        The `extra` values of the checkpoint.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that cannot be read, or one for another network.
+        ValueError: an unreadable file, or a checkpoint of another network.
     """
     content = read(path)
     network = content["network"]
@@ -194,20 +203,21 @@ def _expect(
     at: str | None,
     scales: Sequence[int] | None,
 ) -> None:
+    """Raise where the cut or the scales are not the expected ones."""
     if at is not None and at != network["at"]:
         raise ValueError(
             f"checkpoint for another cut: {path} was cut after {network['at']!r}, not {at!r}: "
-            "ask for that cut"
+            "give at= that cut"
         )
     if scales is not None and list(check_scales(scales)) != network["scales"]:
         there, here = (",".join(map(str, s)) for s in (network["scales"], check_scales(scales)))
         raise ValueError(
-            f"checkpoint for other scales: {path} has {there}, not {here}: ask for those scales"
+            f"checkpoint for other scales: {path} has {there}, not {here}: give scales= those"
         )
 
 
 def _policy(path: str | os.PathLike[str], network: Mapping[str, Any]) -> Policy:
-    """The choices; those that an earlier version did not know are as they were then."""
+    """The policy; fields that an earlier version did not save keep their defaults."""
     try:
         return Policy(**network["policy"])
     except (TypeError, ValueError) as error:
@@ -215,8 +225,8 @@ def _policy(path: str | os.PathLike[str], network: Mapping[str, Any]) -> Policy:
         raise ValueError(f"checkpoint of another policy: {path}, {reason}: update msun") from error
 
 
-def _made_again(path: str | os.PathLike[str], spec: Mapping[str, Any]) -> LoadedModel:
-    """The backbone, by the name that the checkpoint gives, without weights."""
+def _rebuilt(path: str | os.PathLike[str], spec: Mapping[str, Any]) -> LoadedModel:
+    """The backbone by the name in the checkpoint, without weights."""
     if not spec.get("name"):
         raise ValueError(f"checkpoint of a bare network: {path} has no name: give backbone=")
     try:
@@ -226,14 +236,15 @@ def _made_again(path: str | os.PathLike[str], spec: Mapping[str, Any]) -> Loaded
         name = spec["name"]
         reason = one_line(error)
         raise ValueError(
-            f"cannot make the backbone again: {name!r} of {path}, {reason}: give backbone="
+            f"cannot rebuild the backbone: {name!r} of {path}, {reason}: give backbone="
         ) from error
 
 
 def _fill(model: MSUN, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Load the tensors, with an error of one line."""
     try:
         model.load_state_dict(dict(state))
     except RuntimeError as error:
         raise ValueError(
-            f"checkpoint does not fit the network: {path}, {one_line(error)}: make it again"
+            f"checkpoint does not fit the network: {path}, {one_line(error)}: save it again"
         ) from error

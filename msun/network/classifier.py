@@ -1,11 +1,11 @@
-"""A new classifier for a trained network, with as many outputs as the data has classes."""
+"""The classifier of a network, its last layer: find it, and replace it for other classes."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 from contextlib import ExitStack
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from cka_probe.rng import eval_mode, preserved_rng
 from msun.cutting.cuts import example_images
 from msun.network.shape_probe import first_tensor
 
-__all__ = ["replace_classifier"]
+__all__ = ["last_layer", "replace_classifier"]
 
 Network = TypeVar("Network", bound="nn.Module | LoadedModel")
 
@@ -28,7 +28,7 @@ def replace_classifier(model: Network, classes: int, *, seed: int = 0) -> Networ
     as the network. Auxiliary classifiers of training mode stay as they are.
 
     Args:
-        model: a network that returns logits (n, outputs), or what `load_model` returned.
+        model: a network that returns logits (n, outputs), or a result of `load_model`.
         classes: number of outputs of the copy, at least 1.
         seed: seed of the new weights, which are drawn as the layer's class draws them.
 
@@ -45,7 +45,7 @@ def replace_classifier(model: Network, classes: int, *, seed: int = 0) -> Networ
         inner = replace_classifier(unwrap(model.model), classes, seed=seed)
         return dataclasses.replace(model, model=inner, classes=classes)
     made = copy.deepcopy(model)
-    path = _last(made)
+    path = _classifier(made)
     old = made.get_submodule(path)
     with preserved_rng():
         torch.default_generator.manual_seed(seed)
@@ -68,23 +68,39 @@ def _like(old: nn.Module, classes: int) -> nn.Module:
     return nn.Conv2d(old.in_channels, classes, 1, bias=bias)
 
 
-def _last(model: nn.Module) -> str:
-    """The path of the layer whose outputs are the logits."""
+def last_layer(model: nn.Module, x: torch.Tensor) -> tuple[str, Any]:
+    """Run a network and find the linear layer or convolution that runs last.
+
+    Args:
+        model: the network.
+        x: images (n, c, h, w).
+
+    Returns:
+        (path of the layer, "" if the network has none; output of the network).
+    """
     ran: list[str] = []
-    with ExitStack() as stack, torch.no_grad(), preserved_rng(), eval_mode(model):
+    with ExitStack() as stack:
         for path, module in model.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
-                hook = module.register_forward_hook(lambda *_, path=path: ran.append(path))
+                hook = module.register_forward_pre_hook(lambda *_, path=path: ran.append(path))
                 stack.callback(hook.remove)
-        out = first_tensor(model(example_images(model)))
-    if ran and out is not None:
-        last = model.get_submodule(ran[-1])
+        out = model(x)
+    return (ran[-1] if ran else ""), out
+
+
+def _classifier(model: nn.Module) -> str:
+    """The path of the layer whose outputs are the logits."""
+    with torch.no_grad(), preserved_rng(), eval_mode(model):
+        path, given = last_layer(model, example_images(model))
+    out = first_tensor(given)
+    if path and out is not None:
+        last = model.get_submodule(path)
         outputs = getattr(last, "out_features", getattr(last, "out_channels", None))
         pointwise = tuple(getattr(last, "kernel_size", (1, 1))) == (1, 1)
         if pointwise and getattr(last, "groups", 1) == 1 and out.shape[1:] == (outputs,):
-            return ran[-1]
+            return path
     name = type(model).__name__
     raise ValueError(
         f"no classifier to replace: {name} does not end in a linear layer or 1 x 1 convolution "
-        "that gives its logits: give a network with as many outputs as classes"
+        "that gives its logits: use a network whose number of outputs fits the classes"
     )

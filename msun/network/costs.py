@@ -1,4 +1,4 @@
-"""What the subnets of a preset cost at each cut, by scale."""
+"""Costs of the subnets of a preset, for each cut and scale."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from cka_probe.activations.layers import unwrap
 from msun.cutting.cuts import Cut, example_images, heads
-from msun.cutting.dataflow import Part
+from msun.cutting.halves import Part
 from msun.network.builder import map_axes, small_subnets
 from msun.network.functional_layers import with_functional_modules
 from msun.network.policy import check_scales, policy_of
@@ -25,25 +25,25 @@ def subnet_costs(
 ) -> pd.DataFrame:
     """Parameters and MACs of the subnets that `build` would make at each cut.
 
-    Those of the smaller scales have strides taken out, and so cost more than the network's own
-    layers at that size. Counted on copies without data, except for networks that
-    need some. The paper's hand-made subnets are not among them.
+    Subnets of smaller scales have fewer strides, so they cost more than the layers of the network
+    at that size. MACs are counted on the meta device, without data, where the network can run
+    there. The paper's hand-made subnets are not considered.
 
     Args:
-        model: the network that was cut; it is left as it is.
-        cuts: what `find_cuts` gave.
+        model: the network; left unchanged.
+        cuts: cuts of the network, from `find_cuts`.
         scales: sides in pixels; the largest is the reference.
-        preset: whose policy says how large the maps of small images stay.
+        preset: name of the policy, which sets how many strides are removed.
 
     Returns:
-        A row a cut, in the order given: parameters of one subnet, and gmacs_S for each scale S (1e9
-        multiply-accumulates an image); nan for a scale that the subnet cannot take.
+        One row per cut, in the given order: parameters of one subnet, and gmacs_S for each scale S
+        (1e9 multiply-accumulates per image); nan for a scale that the subnet cannot take.
 
     Raises:
         ValueError: bad scales, an unknown preset, or a reference that the network cannot take.
     """
     cuts, model, sides = list(cuts), unwrap(model), check_scales(scales)
-    policy = policy_of(preset).but(subnets="shared")  # costs are the same, and nothing is copied
+    policy = policy_of(preset).but(subnets="shared")  # same costs, without copies
     example = example_images(model, sides[-1])
     columns: dict[str, list[float]] = {"parameters": [float(cut.parameters) for cut in cuts]}
     columns |= {f"gmacs_{side}": [] for side in sides}
@@ -57,8 +57,8 @@ def subnet_costs(
             with suppress(ValueError):
                 pair = tuple(sorted({side, sides[-1]}))
                 made, _ = small_subnets(own, pair, policy, None, "copied", example, axes)
-                seen = ShapeProbe(made[side], like=like).see((1, known[1], side, side))
-                macs = math.nan if seen.fault else seen.macs / 1e9
+                result = ShapeProbe(made[side], like=like).run((1, known[1], side, side))
+                macs = math.nan if result.fault else result.macs / 1e9
             columns[f"gmacs_{side}"].append(macs)
     frame: pd.DataFrame = pd.DataFrame(
         columns, index=pd.Index([cut.name for cut in cuts], name="layer")

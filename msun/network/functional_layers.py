@@ -1,4 +1,4 @@
-"""Poolings and convolutions that a head calls as functions become layers, whose stride can go."""
+"""Turn functional poolings and convolutions of a head into modules, whose stride can change."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from msun.cutting.dataflow import Part
-from msun.network.shallow_copy import put, shallow_part
+from msun.cutting.halves import Part
+from msun.network.shallow_copy import replace_module, shallow_part
 
 __all__ = ["with_functional_modules"]
 
-_WORDS: dict[Any, tuple[str, ...]] = {
+# Names of the arguments of each function, in their order.
+_ARGUMENTS: dict[Any, tuple[str, ...]] = {
     F.max_pool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
     torch.max_pool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
     F.avg_pool2d: (
@@ -25,13 +26,13 @@ _WORDS: dict[Any, tuple[str, ...]] = {
 
 
 class Convolve(nn.Module):
-    """A convolution that is given its kernel with the map.
+    """A convolution whose kernel is an input, not a parameter.
 
     Args:
-        stride: as for `torch.nn.functional.conv2d`, and so the rest.
-        padding: see there.
-        dilation: see there.
-        groups: see there.
+        stride: stride, as in `torch.nn.functional.conv2d`.
+        padding: padding, likewise.
+        dilation: dilation, likewise.
+        groups: number of groups, likewise.
     """
 
     def __init__(
@@ -46,12 +47,15 @@ class Convolve(nn.Module):
 
 
 def with_functional_modules(head: Part) -> Part:
-    """A twin whose functional poolings and convolutions with fixed settings are layers.
+    """A head whose functional poolings and convolutions with fixed settings are modules.
 
-    Both modes must call the same ones in the same order; else the head comes back as it is.
+    Both modes must call the same functions in the same order; otherwise nothing is replaced.
 
     Args:
-        head: left as it is.
+        head: the head; left unchanged.
+
+    Returns:
+        A shallow copy with modules functional_0, functional_1, ...; or `head` itself.
     """
     graphs = {mode: fx.Graph() for mode in head.cut_graphs}
     for mode, graph in graphs.items():
@@ -67,7 +71,7 @@ def with_functional_modules(head: Part) -> Part:
             assert call is not None
             name = f"functional_{k}"
             if name not in made._modules:
-                put(made, name, _layer(node.target, call).train(head.training))
+                replace_module(made, name, _layer(node.target, call).train(head.training))
             node.args = (node.args[0], *call.get("given", ())) if node.args else node.args
             node.op, node.target, node.kwargs = "call_module", name, {}
         graphs[mode].lint()
@@ -76,14 +80,14 @@ def with_functional_modules(head: Part) -> Part:
 
 
 def _call(node: fx.Node) -> dict[str, Any] | None:
-    """The settings of a call; None where it is none of these, or they are not fixed."""
-    if node.op != "call_function" or node.target not in _WORDS or not node.args:
+    """The settings of a call; None for other functions, or settings that depend on the input."""
+    if node.op != "call_function" or node.target not in _ARGUMENTS or not node.args:
         return None
-    words = _WORDS[node.target]
-    settings = {**dict(zip(words, node.args[1:], strict=False)), **node.kwargs}
-    if set(settings) - set(words):
+    names = _ARGUMENTS[node.target]
+    settings = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
+    if set(settings) - set(names):
         return None
-    given = [settings.pop(word) for word in ("weight", "bias") if word in settings]
+    given = [settings.pop(name) for name in ("weight", "bias") if name in settings]
     if any(isinstance(a, fx.Node) for value in settings.values() for a in _flat(value)):
         return None
     return {**settings, "given": tuple(given)} if given else settings

@@ -1,4 +1,4 @@
-"""What the small subnets start from: the head's weights, or its first kernel at a smaller scale."""
+"""Resize convolution kernels, for the initial weights of small subnets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from msun.cutting.dataflow import Part
+from msun.cutting.halves import Part
 from msun.network.shallow_copy import copy_path
 
 __all__ = ["STARTS", "centred", "resample_first", "resampled"]
@@ -18,17 +18,17 @@ STARTS = ("copied", "resampled", "dilated")
 
 
 def resampled(weight: Tensor, size: tuple[int, int]) -> Tensor:
-    """A kernel for smaller pixels: its answer to a shrunk patch is nearest to the old one's.
+    """Resample a kernel so that it responds to a shrunk patch as the old one to the full patch.
 
     The pseudo-inverse resize of Beyer et al. 2023 (FlexiViT), equation 3: with B the bilinear
     resize of patches, the least-squares solution of B^T w' = w.
 
     Args:
-        weight: (out, in, h, w).
-        size: (h', w').
+        weight: kernel (out, in, h, w).
+        size: new size (h', w').
 
     Returns:
-        (out, in, h', w').
+        The new kernel, (out, in, h', w').
     """
     h, w = weight.shape[-2:]
     patches = torch.eye(h * w, dtype=torch.float64).view(h * w, 1, h, w)
@@ -41,11 +41,14 @@ def resampled(weight: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def centred(weight: Tensor, size: tuple[int, int]) -> Tensor:
-    """A kernel cut or zero-padded to another size around its middle.
+    """Crop or zero-pad a kernel around its centre.
 
     Args:
-        weight: (out, in, h, w).
-        size: (h', w').
+        weight: kernel (out, in, h, w).
+        size: new size (h', w').
+
+    Returns:
+        The new kernel, (out, in, h', w').
     """
     pads = []
     for old, new in zip(reversed(weight.shape[-2:]), reversed(size), strict=True):
@@ -55,17 +58,17 @@ def centred(weight: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def resample_first(head: Part, ratio: float) -> str:
-    """Resample the first convolution's kernel to a smaller pixel scale; zeros around keep its size.
+    """Resample the kernel of the first convolution of a head to a smaller pixel scale.
 
-    The new kernel spans as many pixels of the small image as the old one did of the large one, at
-    least 3 where the old one had 3; it is then padded with zeros to the old size.
+    The new kernel covers the same part of the scene: its side is the old one times the ratio, at
+    least 3 for odd and 2 for even kernels. Zeros pad it to the old size.
 
     Args:
-        head: whose weights are its own.
+        head: a head with weights of its own; changed in place.
         ratio: small side / reference side.
 
     Returns:
-        The path of that convolution; "" where the head has none with a kernel above 1 x 1.
+        The path of that convolution; "" if there is none with a kernel above 1 x 1.
     """
     for node in head.cut_graphs[False].nodes:
         if node.op != "call_module":
@@ -90,6 +93,6 @@ def resample_first(head: Part, ratio: float) -> str:
 
 
 def _smaller(side: int, ratio: float) -> int:
-    """The side of a kernel on smaller pixels, even or odd as it was."""
+    """The side of a kernel times the ratio, at the same parity, so that the centre stays."""
     new = side - 2 * math.floor((side - side * ratio) / 2 + 0.5)
     return max(new, min(side, 3 if side % 2 else 2))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from msun.cutting.dataflow import Part
+from msun.cutting.halves import Part
 from msun.network.norms import SizedNorm, calibrated_sizes, select, sized_norms
 from msun.network.planner import Grid, Plan, Planner
 from msun.network.policy import Policy, route
@@ -19,14 +19,14 @@ __all__ = ["MSUN", "Origin", "resized"]
 
 
 class Origin(NamedTuple):
-    """Where a network comes from, in plain values: what a checkpoint must agree with.
+    """How a network was built, in plain values that checkpoints compare.
 
     Attributes:
-        backbone: its class.
-        fingerprint: SHA-256 of its structure, see `msun.build.fingerprint`.
-        subnets: "hand-made as in the paper: resnet50", or "strides taken out" and why.
-        start: what the small subnets started from.
-        changes: scale -> what differs from the backbone's head, as text; "" for nothing.
+        backbone: class name of the backbone.
+        fingerprint: SHA-256 of its structure, see `msun.network.builder.fingerprint`.
+        subnets: "hand-made as in the paper: resnet50", or "strides taken out", with the reason.
+        start: initial weights of the small subnets.
+        changes: scale -> changes from the head of the backbone, as text; "" for none.
     """
 
     backbone: str
@@ -39,19 +39,19 @@ class Origin(NamedTuple):
 class MSUN(nn.Module):
     """One network for images of any size (after Liu, Zhu, Liu 2024, arXiv 2403.18294).
 
-    Made by `msun.build`. Each image goes through the subnet of one trained scale; the map z is
-    brought to the grid that the policy names, and the trunk makes logits of it.
+    `msun.build` builds it. Each image goes through the subnet of one trained scale. The resulting
+    map z is resized to the merge grid of the policy, and the trunk computes the logits from it.
 
     Attributes:
-        subnets: the subnets by side in pixels; the reference's alone if all share its weights.
+        subnets: subnets by side in pixels; only that of the reference if all share its weights.
         tail: the trunk, which all scales share.
         scales: trained sides in pixels, ascending.
-        at: the module after which the backbone was cut.
-        preset: the name of the preset that it was built from.
-        policy: the choices.
-        spec: plain: how to build the backbone again, {"name": "resnet18", "model_args": {}}, and
-            what else is known of it (mean, std); {} where it was built from a bare module.
-        origin: the backbone, and where the subnets come from.
+        at: path of the module after which the backbone was cut.
+        preset: name of the preset.
+        policy: the policy.
+        spec: plain values that describe how to rebuild the backbone, {"name": "resnet18",
+            "model_args": {}}, and its preprocessing (mean, std); {} for a bare module.
+        origin: the backbone and the kind of subnets.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class MSUN(nn.Module):
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """Of the output for one image at the reference scale, (1, classes)."""
+        """Shape of the output for one image at the reference scale, (1, classes)."""
         return self._planner.tail_shapes(self._planner.full()).shape
 
     @property
@@ -119,7 +119,7 @@ class MSUN(nn.Module):
             scale: a trained side in pixels.
 
         Raises:
-            ValueError: another side.
+            ValueError: a scale that was not trained.
         """
         if scale not in self.scales:
             known = ", ".join(map(str, self.scales))
@@ -131,11 +131,11 @@ class MSUN(nn.Module):
         return made
 
     def features(self, x: Tensor, scale: int | None = None) -> Tensor:
-        """The map that the trunk gets.
+        """The input of the trunk: the map of the subnet, resized to the merge grid.
 
         Args:
             x: images (n, c, h, w).
-            scale: whose subnet; None for the one that they are routed to.
+            scale: scale of the subnet; None to route by the size of the images.
 
         Returns:
             z, (n, c', h', w') on the merge grid, or (n, h', w', c') in channels-last networks.
@@ -151,7 +151,7 @@ class MSUN(nn.Module):
         try:
             z: Tensor = subnet(resized(x, given, antialias=True))
         except Exception:
-            self._planner.plan(*size, scale)  # says so where the size is at fault
+            self._planner.plan(*size, scale)  # raises a clear error if the size is the cause
             if given == (rounded := self._planner.fed(*size, scale)):
                 raise
             given, z = rounded, subnet(resized(x, rounded, antialias=True))
@@ -161,27 +161,30 @@ class MSUN(nn.Module):
         return resized(z, merged, self.axes, antialias=self.policy.antialias)
 
     def step(self, x: Tensor, scale: int) -> tuple[Tensor, Tensor]:
-        """Both at once, for training: (logits, z).
+        """Logits and map in one forward, for training.
 
         Args:
             x: images (n, c, h, w).
-            scale: whose subnet and batch norms.
+            scale: scale of the subnet and of the batch norms.
+
+        Returns:
+            (logits (n, classes), z as from `features`).
         """
         z = self.features(x, scale)
         return self._logits(z), z
 
     def forward(self, x: Tensor | Iterable[Tensor]) -> Tensor:
-        """Logits, by the subnet that each image's size is routed to.
+        """Logits; the size of each image selects its subnet.
 
         Args:
-            x: images (n, c, h, w), or a list of images (c, h, w) of any sizes, which are grouped
-                by size; in training mode each group is a batch of its own.
+            x: images (n, c, h, w), or a list of images (c, h, w) of any sizes. Images of one size
+                are one batch, also for batch norm in training mode.
 
         Returns:
-            (n, classes), in the order given.
+            Logits (n, classes), in the given order.
 
         Raises:
-            TypeError: neither of both.
+            TypeError: neither a tensor nor a list of images.
             ValueError: an empty list, or a size that the subnet cannot take.
         """
         if isinstance(x, Tensor):
@@ -209,42 +212,42 @@ class MSUN(nn.Module):
         return self.plan(h, w).macs
 
     def plan(self, h: int, w: int | None = None, *, scale: int | None = None) -> Plan:
-        """How an image is served.
+        """Subnet, grids and cost for an image of a size.
 
         Args:
             h: height in pixels.
             w: width in pixels; None for a square.
-            scale: whose subnet; None for the one that it is routed to.
+            scale: scale of the subnet; None to route by the size.
 
         Raises:
             ValueError: a size that the subnet cannot take, or a scale that was not trained.
         """
         if scale is not None:
-            self.subnet(scale)  # refuses other scales
+            self.subnet(scale)  # raises for an untrained scale
         return self._planner.plan(h, h if w is None else w, scale)
 
     def train(self, mode: bool = True) -> MSUN:
-        """As for any module; subnets that share the head's weights follow."""
+        """Set the mode, also of subnets that share weights and so are no registered submodules."""
         super().train(mode)
         for subnet in self._sharing.values():
             subnet.train(mode)
         return self
 
     def extra_repr(self) -> str:
-        """What stands first when the network is printed."""
+        """Preset, cut and scales, for the printed network."""
         return f"{self.preset} at {self.at!r} for {', '.join(map(str, self.scales))} px"
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Load; the parameters of subnets were named "heads." by earlier versions."""
+        """Load a state; earlier versions named the parameters of subnets "heads."."""
         old = f"{prefix}heads."
         for key in [key for key in state_dict if key.startswith(old)]:
             state_dict[f"{prefix}subnets.{key.removeprefix(old)}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _select(self, scale: int, size: Grid) -> None:
-        """Let the batch norms work for images of a size."""
+        """Select the batch norms and statistics for images of a size."""
         self._norms = self._norms or sized_norms(self)
         select(self._norms, scale, size)
 
@@ -259,20 +262,20 @@ class MSUN(nn.Module):
         if self.tail.needs_sizes and sizes is None:
             sizes = self._planner.sizes(self._planner.grid(tuple(z.shape)))
         out = self.tail(z) if sizes is None else self.tail(z, sizes)
-        logits = first_tensor(out)  # then come those of auxiliary heads
+        logits = first_tensor(out)  # those of auxiliary classifiers come after
         if logits is None:
-            raise TypeError(f"no logits: the trunk gave {type(out).__name__}: return a tensor")
+            raise TypeError(f"no logits: the trunk returned {type(out).__name__}: return a tensor")
         return logits
 
 
 def resized(z: Tensor, grid: Grid, axes: tuple[int, int] = (2, 3), *, antialias: bool) -> Tensor:
-    """A map brought to a grid by one bilinear resize; the same tensor where it is on it.
+    """Resize a map to a grid, bilinearly; the same tensor if it has that grid.
 
     Args:
-        z: maps with rows and columns at `axes`.
+        z: maps (n, c, h, w), or (n, h, w, c) for channels last.
         grid: (rows, columns).
-        axes: (2, 3), or (1, 2) for channels last.
-        antialias: where it shrinks.
+        axes: axes of rows and columns, (2, 3), or (1, 2) for channels last.
+        antialias: whether to antialias when the map shrinks.
     """
     before = z.shape[axes[0]], z.shape[axes[1]]
     if before == grid:

@@ -1,4 +1,4 @@
-"""Batch norms that know sizes: one per trained scale, and statistics for further sizes.
+"""Batch norms by image size: one norm per trained scale, and statistics for further sizes.
 
 Private batch norm per input size: Wang et al. 2020 (RS-Net). Re-estimated statistics: Yu et al.
 2019 (slimmable networks), Yang et al. 2020 (MutualNet).
@@ -20,22 +20,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cka_probe.rng import eval_mode
 
 __all__ = ["SizedNorm", "calibrated_sizes", "install", "recalibrate", "select"]
-__all__ += ["set_aside", "sized_norms"]
+__all__ += ["sized_norms", "without_calibration"]
 
 Size = tuple[int, int]
-_BUFFER = re.compile(r"(mean|var)_(\d+)x(\d+)$")
+_BUFFER = re.compile(r"(mean|var)_(\d+)x(\d+)$")  # names of `_names`: "mean_32x48"
 
 
 class SizedNorm(nn.Module):
-    """A batch norm for several scales: copies of it by scale, or one that all of them share.
+    """A batch norm for several scales: one copy per scale, or one shared norm.
 
-    In eval mode an image of a size (h, w) for which statistics were re-estimated is normalised
-    with those, and with weight and bias of the active scale. The statistics are buffers, so that
-    a state dict holds them.
+    Statistics can be re-estimated for further sizes (h, w). In eval mode, images of such a size are
+    normalised with them, and with weight and bias of the active scale. They are buffers, so a state
+    dict holds them.
 
     Args:
-        norm: any batch norm, a subclass with an activation in it included; becomes part of this.
-        scales: each gets a copy; None for one norm for all.
+        norm: a batch norm, or a subclass with an activation; becomes part of this module.
+        scales: trained sides in pixels, one copy each; None for one norm for all.
     """
 
     def __init__(self, norm: nn.Module, scales: Sequence[int] | None = None) -> None:
@@ -47,14 +47,14 @@ class SizedNorm(nn.Module):
         self.norms = nn.ModuleDict({key: self.norms[key] for key in keys})
         self.sizes: set[Size] = set()
         self.active: tuple[int, Size] | None = None
-        self.gathered: _Moments | None = None
+        self.moments: _Moments | None = None
         self.train(norm.training)
 
     def forward(self, x: Tensor) -> Any:
-        """(n, c, ...) -> the same shape, by the norm of the active scale."""
+        """Normalise (n, c, ...) with the norm of the active scale."""
         norm, size = self.norm, self.active[1] if self.active else (0, 0)
-        if self.gathered is not None:
-            mean, var = self.gathered.add(x)
+        if self.moments is not None:
+            mean, var = self.moments.update(x)
         elif not self.training and size in self.sizes:
             mean, var = (getattr(self, name) for name in _names(size))
         else:
@@ -63,7 +63,7 @@ class SizedNorm(nn.Module):
 
     @property
     def norm(self) -> nn.Module:
-        """The norm of the active scale; before any is chosen, the last."""
+        """The norm of the active scale; the last norm before a scale was selected."""
         if _SHARED in self.norms:
             return self.norms[_SHARED]
         key = str(self.active[0]) if self.active else list(self.norms)[-1]
@@ -73,55 +73,55 @@ class SizedNorm(nn.Module):
         return self.norms[key]
 
     def store(self, size: Size, mean: Tensor, var: Tensor) -> None:
-        """Keep statistics for images of a size.
+        """Store statistics for images of a size.
 
         Args:
             size: (h, w) in pixels.
-            mean: per channel, (c,).
-            var: per channel, (c,).
+            mean: mean of each channel, (c,).
+            var: variance of each channel, (c,).
         """
         like: Any = self.norm.running_mean
         for name, value in zip(_names(size), (mean, var), strict=True):
             self.register_buffer(name, value.detach().to(like.device, like.dtype).clone())
         self.sizes.add(size)
 
-    def forget(self, size: Size) -> None:
-        """Drop the statistics for images of a size."""
+    def remove(self, size: Size) -> None:
+        """Remove the statistics for images of a size."""
         for name in _names(size):
             delattr(self, name)
         self.sizes.remove(size)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """The statistics of further sizes become those of the state dict, no more and no less."""
+        """Load a state; afterwards the further sizes are exactly those of the state dict."""
         keys = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
         found = [match for key in keys if (match := _BUFFER.match(key))]
         sizes = {(int(match[2]), int(match[3])) for match in found}
         for size in self.sizes - sizes:
-            self.forget(size)
+            self.remove(size)
         like: Any = next(iter(self.norms.values())).running_mean
         for size in sizes - self.sizes:
             self.store(size, torch.zeros_like(like), torch.ones_like(like))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-_SHARED = "all"
+_SHARED = "all"  # key of the one norm that all scales share
 
 
 def _names(size: Size) -> tuple[str, str]:
-    """The buffers of a size."""
+    """The names of the buffers of a size."""
     return f"mean_{size[0]}x{size[1]}", f"var_{size[0]}x{size[1]}"
 
 
 class _Moments:
-    """Exact mean and variance per channel of all that passes (Chan et al. 1983), in float64."""
+    """Exact mean and variance per channel over several batches (Chan et al. 1983), in float64."""
 
     def __init__(self) -> None:
         self.count = 0
         self.mean: Tensor | float = 0.0
         self.squares: Tensor | float = 0.0
 
-    def add(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in (n, c, ...); the batch's own mean and variance, as training normalises."""
+    def update(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a batch (n, c, ...); return its own mean and biased variance, as in training."""
         axes = [axis for axis in range(x.ndim) if axis != 1]
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
         var, mean = torch.var_mean(wide, axes, correction=0)
@@ -134,19 +134,19 @@ class _Moments:
         self.count = total
         return mean, var
 
-    def result(self) -> tuple[Tensor, Tensor]:
-        """Mean and unbiased variance, as running statistics are kept; (c,) each."""
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Mean and unbiased variance, (c,) each, as the running statistics of batch norm."""
         mean, squares = torch.as_tensor(self.mean), torch.as_tensor(self.squares)
         return mean, squares / max(self.count - 1, 1)
 
 
 def install(module: nn.Module, scales: Sequence[int] | None = None) -> None:
-    """Put a `SizedNorm` around every batch norm with running statistics, at any depth.
+    """Wrap every batch norm with running statistics in a `SizedNorm`, at any depth.
 
-    A norm that stands at several paths, or is used several times, stays one.
+    A norm that is registered at several paths gets one wrapper.
 
     Args:
-        module: changed in place.
+        module: a network; changed in place.
         scales: as for `SizedNorm`.
     """
     made: dict[nn.Module, SizedNorm] = {}
@@ -163,17 +163,17 @@ def install(module: nn.Module, scales: Sequence[int] | None = None) -> None:
 
 
 def sized_norms(module: nn.Module) -> list[SizedNorm]:
-    """All sized norms inside, in order of their paths."""
+    """All sized norms of a network, in order of their paths."""
     return [part for part in module.modules() if isinstance(part, SizedNorm)]
 
 
 def select(module: nn.Module | Iterable[SizedNorm], scale: int, size: Size) -> None:
-    """Let every sized norm inside work for images of a size, with the norm of a scale.
+    """Select scale and image size in every sized norm of a network.
 
     Args:
         module: a network, or its sized norms.
-        scale: a trained side in pixels.
-        size: (h, w) in pixels.
+        scale: a trained side in pixels, whose norms are used.
+        size: size of the images, (h, w) in pixels.
     """
     for norm in sized_norms(module) if isinstance(module, nn.Module) else module:
         norm.active = (scale, size)
@@ -185,8 +185,8 @@ def calibrated_sizes(module: nn.Module) -> tuple[Size, ...]:
 
 
 @contextmanager
-def set_aside(module: nn.Module) -> Iterator[None]:
-    """The statistics for further sizes are gone inside, and back afterwards.
+def without_calibration(module: nn.Module) -> Iterator[None]:
+    """Remove the statistics for further sizes while the context is open.
 
     Args:
         module: a network with sized norms.
@@ -197,7 +197,7 @@ def set_aside(module: nn.Module) -> Iterator[None]:
         for size in sorted(norm.sizes)
     ]
     for norm, size, *_ in kept:
-        norm.forget(size)
+        norm.remove(size)
     try:
         yield
     finally:
@@ -211,17 +211,17 @@ def recalibrate(
 ) -> tuple[int, int]:
     """Re-estimate the batch norm statistics for images of one size, on images of that size.
 
-    In one pass every batch is normalised by its own statistics, as in training; what is kept is
-    the exact mean and unbiased variance per channel over all batches. All else is in eval mode
-    meanwhile. Statistics of that size which were there are replaced, if the pass succeeds.
+    One pass: each batch is normalised with its own statistics, as in training, and all other
+    modules are in eval mode. The stored statistics are the exact mean and unbiased variance of each
+    channel over all batches. If the pass fails, the old statistics stay.
 
     Args:
-        model: a network with `SizedNorm` inside, called on each batch.
-        batches: images (n, c, h, w), normalised as the network wants them.
-        size: (h, w) in pixels; a side for square ones.
+        model: a network with `SizedNorm` modules.
+        batches: images (n, c, h, w), preprocessed for the network.
+        size: size of the images, (h, w) in pixels; one number for squares.
 
     Returns:
-        (images, norms re-estimated); a network without batch norm has 0 of these.
+        (number of images, number of norms re-estimated).
 
     Raises:
         ValueError: no batches, or images of another size.
@@ -229,7 +229,7 @@ def recalibrate(
     wanted = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     norms = sized_norms(model)
     n = 0
-    with eval_mode(model), _gathering(norms):
+    with eval_mode(model), _collecting_moments(norms):
         for batch in batches:
             if tuple(batch.shape[-2:]) != wanted:
                 h, w = batch.shape[-2:]
@@ -241,18 +241,19 @@ def recalibrate(
             raise ValueError(
                 f"no images to re-estimate on: {wanted[0]} x {wanted[1]}: give one batch or more"
             )
-        seen = [(norm, norm.gathered) for norm in norms if norm.gathered and norm.gathered.count]
-    for norm, moments in seen:
-        norm.store(wanted, *moments.result())
-    return n, len(seen)
+        ran = [(norm, norm.moments) for norm in norms if norm.moments and norm.moments.count]
+    for norm, moments in ran:
+        norm.store(wanted, *moments.compute())
+    return n, len(ran)
 
 
 @contextmanager
-def _gathering(norms: list[SizedNorm]) -> Iterator[None]:
+def _collecting_moments(norms: list[SizedNorm]) -> Iterator[None]:
+    """Let the norms collect moments while the context is open."""
     try:
         for norm in norms:
-            norm.gathered = _Moments()
+            norm.moments = _Moments()
         yield
     finally:
         for norm in norms:
-            norm.gathered = None
+            norm.moments = None

@@ -1,4 +1,4 @@
-"""Which subnet serves an image, on what grid the trunk runs, and what both cost."""
+"""For each image size: the subnet, the grid of the trunk, and the cost of both."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-from msun.cutting.dataflow import Part
-from msun.network.policy import Policy, fed, merge_grid, route
-from msun.network.shape_probe import Seen, ShapeProbe
+from msun.cutting.halves import Part
+from msun.network.policy import Policy, fed_size, merge_grid, route
+from msun.network.shape_probe import ProbeResult, ShapeProbe
 
 __all__ = ["Grid", "Plan", "Planner"]
 
@@ -16,13 +16,13 @@ Grid = tuple[int, int]
 
 
 class Plan(NamedTuple):
-    """How an image of one size is served.
+    """Subnet, grids and cost for images of one size.
 
     Attributes:
-        scale: whose subnet.
-        grid: what that gives, (rows, columns).
-        merged: the grid that the trunk runs at.
-        macs: multiply-accumulates of both for one image, convolutions and matrix products.
+        scale: scale of the subnet, in pixels.
+        grid: grid of the subnet's map, (rows, columns).
+        merged: merge grid, on which the trunk runs.
+        macs: multiply-accumulates of subnet and trunk for one image.
     """
 
     scale: int
@@ -32,23 +32,23 @@ class Plan(NamedTuple):
 
 
 class _Cache(dict[Any, Any]):
-    """Shapes and costs by size; a copied or pickled network computes them again."""
+    """Shapes and costs by size; not copied or pickled, since they can be computed again."""
 
     def __reduce__(self) -> tuple[type[_Cache], tuple[()]]:
         return _Cache, ()
 
 
 class Planner:
-    """Finds out what sizes do on copies without data, each once.
+    """Computes shapes and costs on the meta device, once per size.
 
     Args:
-        head: gives the subnet of a scale.
+        head: function from a scale to its subnet.
         tail: the trunk.
         scales: trained sides in pixels, ascending.
-        stock: those whose subnets have the strides of the reference's.
-        policy: the choices.
-        channels: of the images.
-        axes: where rows and columns stand in the map.
+        stock: scales whose subnets have the same strides as that of the reference.
+        policy: the policy of the network.
+        channels: number of image channels.
+        axes: axes of rows and columns in the map.
     """
 
     def __init__(
@@ -73,44 +73,45 @@ class Planner:
         return self.scales[-1]
 
     def plan(self, h: int, w: int, scale: int | None = None) -> Plan:
-        """How an image is served.
+        """Subnet, grids and cost for an image of a size.
 
         Args:
             h: height in pixels.
             w: width in pixels.
-            scale: whose subnet; None for the one that it is routed to.
+            scale: scale of the subnet; None to route by the size.
 
         Raises:
             ValueError: a size that the subnet cannot take.
         """
         scale = route(self.scales, h, w, self.policy.routing) if scale is None else scale
         given = self.fed(h, w, scale)
-        seen = self._subnet_shapes(scale, *given)
-        if seen.fault:
+        result = self._subnet_shapes(scale, *given)
+        if result.fault:
             as_fed = "" if given == (h, w) else f" fed at {given[0]} x {given[1]}"
             raise ValueError(
-                f"the {scale} px subnet cannot take this size: {h} x {w}{as_fed}, {seen.fault}: "
+                f"the {scale} px subnet cannot take this size: {h} x {w}{as_fed}, {result.fault}: "
                 f"resize the images to {scale} x {scale} px"
             )
         h, w = given
-        grid = self.grid(seen.shape)
+        grid = self.grid(result.shape)
         merged = self.merged(h, w, scale, grid)
-        return Plan(scale, grid, merged, seen.macs + self.tail_shapes(merged).macs)
+        return Plan(scale, grid, merged, result.macs + self.tail_shapes(merged).macs)
 
     def fed(self, h: int, w: int, scale: int, *, known: bool = False) -> Grid:
-        """The size at which a subnet gets an image; where it is resized, rounded to what it takes.
+        """The input size of a subnet for an image; a resized image is rounded to a valid size.
 
         Args:
             h: height of the image in pixels.
             w: width in pixels.
-            scale: whose subnet serves it.
-            known: round as far as that was found out before, and find out nothing.
+            scale: scale of the subnet.
+            known: whether to use only sizes that were checked before, without a new check.
         """
-        wanted = fed(self.policy, h, w, scale, self.reference)
+        wanted = fed_size(self.policy, h, w, scale, self.reference)
         key = ("fed", wanted, scale)
         if wanted == (h, w) or (known and key not in self._memo):
             return wanted
         if key not in self._memo:
+            # networks ask for multiples of their total stride, mostly a power of 2 up to 64
             tried = [wanted, *(_fitting(wanted, d) for d in (2, 4, 8, 16, 32, 64))]
             good = (g for g in tried if not self._subnet_shapes(scale, *g).fault)
             self._memo[key] = next(good, wanted)
@@ -118,13 +119,13 @@ class Planner:
         return given
 
     def merged(self, h: int, w: int, scale: int, grid: Grid) -> Grid:
-        """The grid that the trunk runs at.
+        """The merge grid, on which the trunk runs.
 
         Args:
-            h: height of the image in pixels, as it is fed.
+            h: height of the input of the subnet in pixels.
             w: width in pixels.
-            scale: whose subnet serves it.
-            grid: what that gave.
+            scale: scale of the subnet.
+            grid: grid of its map.
         """
         key = ("merged", h, w, scale)
         if key not in self._memo:
@@ -150,22 +151,22 @@ class Planner:
         return self.grid(self._reference_map())
 
     def sizes(self, grid: Grid) -> Any:
-        """What a tail that needs sizes gets with the reference subnet's map of a grid."""
+        """The further sizes for a tail that needs them, for a map of the reference on a grid."""
         if not self.tail.needs_sizes:
             return None
         full, side = self.full(), self.reference
         h, w = (max(1, round(g * side / f)) for g, f in zip(grid, full, strict=True))
         return self._subnet_shapes(side, h, w).sizes
 
-    def tail_shapes(self, grid: Grid) -> Seen:
-        """What the trunk does with a map of a grid."""
+    def tail_shapes(self, grid: Grid) -> ProbeResult:
+        """Output shape and cost of the trunk for a map on a grid."""
         if "tail" not in self._memo:
             full = self.full()
             self._memo["tail"] = ShapeProbe(self.tail, self._map(full), self.sizes(full))
-        shadow: ShapeProbe = self._memo["tail"]
-        return shadow.see(self._map(grid), self.sizes(grid))
+        probe: ShapeProbe = self._memo["tail"]
+        return probe.run(self._map(grid), self.sizes(grid))
 
-    def _subnet_shapes(self, scale: int, h: int, w: int) -> Seen:
+    def _subnet_shapes(self, scale: int, h: int, w: int) -> ProbeResult:
         key = ("head", scale)
         if key not in self._memo:
             known = (1, self.channels, self.reference, self.reference)
@@ -175,8 +176,8 @@ class Planner:
                 self._subnet_shapes(self.reference, *known[2:])
                 like = self._memo["head", self.reference]
                 self._memo[key] = ShapeProbe(self.head(scale), like=like)
-        shadow: ShapeProbe = self._memo[key]
-        return shadow.see((1, self.channels, h, w))
+        probe: ShapeProbe = self._memo[key]
+        return probe.run((1, self.channels, h, w))
 
     def _reference_map(self) -> tuple[int, ...]:
         return self._subnet_shapes(self.reference, self.reference, self.reference).shape
@@ -188,15 +189,15 @@ class Planner:
         return tuple(shape)
 
     def _native(self, h: int, w: int) -> Grid:
-        """What the reference subnet gives; in proportion where it cannot take the size."""
-        seen = self._subnet_shapes(self.reference, h, w)
-        if not seen.fault:
-            return self.grid(seen.shape)
+        """The grid of the reference subnet; if it cannot take the size, in proportion to it."""
+        result = self._subnet_shapes(self.reference, h, w)
+        if not result.fault:
+            return self.grid(result.shape)
         rows, columns = self.full()
         return max(1, rows * h // self.reference), max(1, columns * w // self.reference)
 
     def _rounded(self, grid: Grid) -> Grid:
-        """The nearest grid that the trunk takes: as it is, in even numbers, in fours, or larger."""
+        """The nearest grid that the trunk takes: as given, in multiples up to 32, or larger."""
         if min(grid) >= 3 and self._takes_any():
             return grid
         larger = range(1, max(self.full()) - min(grid) + 1)
@@ -206,16 +207,16 @@ class Planner:
         return next((g for g in tried if not self.tail_shapes(g).fault), self.full())
 
     def _takes_any(self) -> bool:
-        """Whether the trunk takes small odd grids, and so need not be asked about others."""
+        """Whether the trunk takes small odd grids; then no other grid from 3 on is checked."""
         return not any(self.tail_shapes(odd).fault for odd in ((3, 5), (11, 13)))
 
 
 def _fitting(size: Grid, d: int) -> Grid:
-    """A size in multiples of a number: near in its aspect first, then in its area."""
+    """The nearest size in multiples of d; a change of aspect counts twice a change of area."""
     sides = [{max(d, side // d * d), -(-side // d) * d} for side in size]
 
-    def off(one: Grid) -> float:
+    def distance(one: Grid) -> float:
         rows, columns = (math.log(a / b) for a, b in zip(one, size, strict=True))
         return abs(rows - columns) + abs(rows + columns) / 2
 
-    return min(((rows, columns) for rows in sides[0] for columns in sides[1]), key=off)
+    return min(((rows, columns) for rows in sides[0] for columns in sides[1]), key=distance)

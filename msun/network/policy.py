@@ -1,6 +1,6 @@
-"""What distinguishes one multi-scale network from another: a few choices, and the two presets.
+"""The policy of a multi-scale network, the two presets, and the sizes that follow from it.
 
-Sizes are integers and the choices are made on their squares, so that no rounding decides them.
+Routing compares integers (squares of sides), so that no rounding can change it.
 """
 
 from __future__ import annotations
@@ -12,42 +12,41 @@ from itertools import pairwise
 
 from cka_probe.inputs import views
 
-__all__ = ["POLICIES", "Policy", "check_scales", "fed", "merge_grid", "policy_of"]
+__all__ = ["POLICIES", "Policy", "check_scales", "fed_size", "merge_grid", "policy_of"]
 __all__ += ["RAW_TAU"]
-__all__ += ["is_native", "route", "served"]
+__all__ += ["is_native", "route", "served_sides"]
 
 Grid = tuple[int, int]
-# Below it the raw constraint counts as 0; the value that the paper's authors took for ResNet-50.
+# Threshold of the raw constraint, below which it counts as 0: the paper's value for ResNet-50.
 RAW_TAU = 0.01
 
 
 @dataclass(frozen=True)
 class Policy:
-    """The choices; every field may be exchanged for another of its values.
+    """The choices that define a multi-scale network.
 
     Attributes:
-        subnets: "own", each scale has a copy of the head with its own weights, or "shared", the
-            head itself with other strides.
-        merge: the grid that the trunk runs at: "full", always the reference scale's; "follow",
-            half of that for inputs up to 4/7 of the reference side, else the input's own; or
-            "native", always the input's own, so that no stride is taken out: with shared subnets
-            and private norms that is RS-Net (Wang et al. 2020).
-        norm: batch norms that several scales use: one "shared" by all, or one "private" to each.
-        routing: "ceil", the smallest scale that is not below the input, else the largest; "nearest"
-            in log ratio, ties to the larger; or "up", as "ceil" up to the last scale below the
-            reference, and the nearer of these two above it: an image loses nothing by being
-            enlarged, and a small scale's subnet costs about what another's does.
-        inputs: "scale", an image is resized to the scale that serves it, in its aspect, since sizes
-            between the scales are not what the subnets learned; "native", it is fed as it is; or
-            "small", resized where a scale below the reference serves it, else fed as it is. An
-            image that is enlarged costs what its scale costs; resizes are antialiased.
-        strides: which strided steps of a head a small subnet loses, its "last" ones or its "first";
-            the latter keeps every pixel for longer and costs more. One and the same where all go.
-            A stride of 3 or 7 has no divisor and goes whole, and one that goes early can give a
-            grid that is finer than wanted up to the cut: a scale near the reference can then cost
-            more than it, up to 1.2 times (AlexNet cut after features.11, 124 and 224 px).
-        antialias: whether maps are shrunk to the merge grid with antialiasing.
-        constraint: what training pulls together by default: "raw" or "normalised" features.
+        subnets: weights of the subnets: "own", one copy of the head per scale, or "shared", the
+            same weights with other strides.
+        merge: the grid of the trunk: "full", always that of the reference; "follow", half of it for
+            inputs up to 4/7 of the reference side, else the native grid; or "native", the grid of
+            the unchanged head for the input, so that no stride is removed. Shared subnets with
+            private norms and the native grid are RS-Net (Wang et al. 2020).
+        norm: batch norms of shared layers: one "shared" by all scales, or one "private" to each.
+        routing: the scale for an input: "ceil", the smallest scale that is not below it, else the
+            largest; "nearest" in log ratio, ties to the larger; or "up", "ceil" up to the last
+            scale below the reference, and "nearest" above it.
+        inputs: the input size of a subnet: "native", images are not resized; "scale", images are
+            resized to the scale that they are routed to, keeping their aspect, because subnets
+            are trained at the scales; or "small", as "scale" below the reference and as "native"
+            at it. Resizes are antialiased.
+        strides: the strides that a small subnet loses first, the "last" or the "first" of the head.
+            "first" keeps every pixel for longer and costs more. A prime stride (3 or 7) is removed
+            as a whole, and early removal can give a finer grid than needed up to the cut. A scale
+            near the reference can then cost up to 1.2 times as much as the reference (AlexNet cut
+            after features.11, 124 and 224 px).
+        antialias: whether maps that shrink to the merge grid are antialiased.
+        constraint: the default scale-invariant constraint of training, as in `msun.losses`.
     """
 
     subnets: str = "own"
@@ -67,10 +66,10 @@ class Policy:
                 raise ValueError(f"unknown {name} policy: {value!r}: choose {choice}")
 
     def but(self, **choices: object) -> Policy:
-        """The same policy with other choices; those that are None stay.
+        """A copy of the policy with some fields changed.
 
         Args:
-            choices: values by field name.
+            choices: new values by field name; None keeps the old value.
 
         Raises:
             ValueError: an unknown value.
@@ -102,10 +101,10 @@ def policy_of(preset: str) -> Policy:
     """The policy of a preset.
 
     Args:
-        preset: its name.
+        preset: name of the preset.
 
     Raises:
-        ValueError: an unknown name, with the known ones.
+        ValueError: an unknown name; the message lists the known names.
     """
     if preset not in POLICIES:
         raise ValueError(f"unknown preset: {preset!r}: choose {' or '.join(map(repr, POLICIES))}")
@@ -113,17 +112,27 @@ def policy_of(preset: str) -> Policy:
 
 
 def check_scales(scales: Sequence[int]) -> tuple[int, ...]:
-    """The trained sides in pixels, ascending; raises as `cka_probe.inputs.views.check_scales`."""
+    """Validate the scales of a network, and sort them.
+
+    Args:
+        scales: sides in pixels, in any order.
+
+    Returns:
+        The sides, ascending.
+
+    Raises:
+        TypeError, ValueError: as `cka_probe.inputs.views.check_scales`.
+    """
     if not isinstance(scales, str) and not list(scales):
         raise ValueError("no scales: none: give sides in pixels, such as 32,128,224")
     return tuple(sorted(views.check_scales(scales)))
 
 
 def route(scales: Sequence[int], h: int, w: int, routing: str) -> int:
-    """The scale whose subnet serves an image; its side is sqrt(h w).
+    """The scale that an image is routed to, by its side sqrt(h w).
 
     Args:
-        scales: ascending sides in pixels.
+        scales: sides in pixels, ascending.
         h: height in pixels.
         w: width in pixels.
         routing: "ceil", "nearest" or "up", as in `Policy`.
@@ -137,12 +146,15 @@ def route(scales: Sequence[int], h: int, w: int, routing: str) -> int:
     return next((a for a, b in pairwise(scales) if area < a * b), scales[-1])
 
 
-def served(scales: Sequence[int], routing: str) -> dict[int, tuple[int, int]]:
-    """The lowest and highest side that each scale serves, from the smallest scale to the largest.
+def served_sides(scales: Sequence[int], routing: str) -> dict[int, tuple[int, int]]:
+    """The range of image sides that are routed to each scale.
 
     Args:
-        scales: ascending sides in pixels.
-        routing: as in `Policy`.
+        scales: sides in pixels, ascending.
+        routing: "ceil", "nearest" or "up", as in `Policy`.
+
+    Returns:
+        {scale: (lowest, highest side)}, for sides from the smallest scale to the largest.
     """
     found: dict[int, tuple[int, int]] = {}
     for side in range(scales[0], scales[-1] + 1):
@@ -152,25 +164,28 @@ def served(scales: Sequence[int], routing: str) -> dict[int, tuple[int, int]]:
 
 
 def is_native(policy: Policy, scale: int, reference: int) -> bool:
-    """Whether a subnet gets images as they are.
+    """Whether images of a scale are fed without resizing.
 
     Args:
-        policy: the choices.
-        scale: whose subnet.
+        policy: the policy of the network.
+        scale: scale of the subnet.
         reference: the largest scale.
     """
     return policy.inputs == "native" or (policy.inputs == "small" and scale == reference)
 
 
-def fed(policy: Policy, h: int, w: int, scale: int, reference: int) -> Grid:
-    """The size at which a subnet gets an image.
+def fed_size(policy: Policy, h: int, w: int, scale: int, reference: int) -> Grid:
+    """The input size of a subnet for an image.
 
     Args:
-        policy: the choices.
+        policy: the policy of the network.
         h: height of the image in pixels.
         w: width in pixels.
-        scale: the scale whose subnet serves it.
+        scale: scale of the subnet.
         reference: the largest scale.
+
+    Returns:
+        (h, w) in pixels.
     """
     return (h, w) if is_native(policy, scale, reference) else _shaped((scale, scale), h, w)
 
@@ -185,19 +200,19 @@ def merge_grid(
     full: Grid,
     native: Callable[[], Grid],
 ) -> Grid:
-    """The grid that an image's map is brought to, before it is rounded to what the tail takes.
+    """The merge grid for an image, before it is rounded to a grid that the trunk takes.
 
     Args:
-        policy: the choices.
+        policy: the policy of the network.
         h: height of the image in pixels.
         w: width in pixels.
-        scale: the scale whose subnet serves it.
+        scale: scale of the subnet.
         reference: the largest scale.
-        full: the grid of a square image at the reference scale.
-        native: what the reference subnet would give for the image.
+        full: grid of a square image at the reference scale.
+        native: function that returns the grid of the reference subnet for the image.
 
     Returns:
-        (rows, columns), in the image's aspect.
+        (rows, columns), in the aspect of the image.
     """
     if policy.merge == "full":
         return _shaped(full, h, w)

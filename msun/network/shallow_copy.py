@@ -1,4 +1,4 @@
-"""A second head around the same layers, in which some are exchanged without harm to the first."""
+"""Copies of a head that share its layers, so that some can be replaced in the copy alone."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from typing import TypeVar
 
 from torch import nn
 
-from msun.cutting.dataflow import Part
+from msun.cutting.halves import Part
 
-__all__ = ["copy_path", "put", "shallow", "shallow_part"]
+__all__ = ["copy_path", "replace_module", "shallow", "shallow_part"]
 
 _M = TypeVar("_M", bound=nn.Module)
 
 
 def shallow(module: _M) -> _M:
-    """A copy that shares parameters and buffers, for good, and the modules inside.
+    """A copy of a module that shares its parameters, buffers and submodules.
 
-    Its attributes, what stands at its paths, and the hooks before its forward are its own.
+    The copy has its own attributes, table of submodules and forward pre-hooks.
 
     Args:
-        module: left as it is.
+        module: the module; left unchanged.
     """
     made: _M = object.__new__(type(module))
     own = dict(vars(module))
@@ -30,20 +30,23 @@ def shallow(module: _M) -> _M:
 
 
 def shallow_part(head: Part) -> Part:
-    """A second head around the same modules, for `put` and `branch`.
+    """A shallow copy of a head, for `copy_path` and `replace_module`.
 
     Args:
-        head: left as it is, whatever is put into its twin.
+        head: the head; left unchanged.
     """
     return shallow(head)
 
 
 def copy_path(head: Part, path: str) -> nn.Module:
-    """The module at a path, replaced by a shallow copy, as are the containers on the way.
+    """Replace a module and the containers around it by shallow copies.
 
     Args:
-        head: a twin.
-        path: where it stands.
+        head: a shallow copy of a head; changed in place.
+        path: path of the module.
+
+    Returns:
+        The copy of the module.
     """
     here: nn.Module = head
     for name in path.split("."):
@@ -53,13 +56,13 @@ def copy_path(head: Part, path: str) -> nn.Module:
     return here
 
 
-def put(head: Part, path: str, module: nn.Module) -> None:
-    """Let another module stand at a path.
+def replace_module(head: Part, path: str, module: nn.Module) -> None:
+    """Replace the module at a path.
 
     Args:
-        head: a twin.
-        path: its parent must be there.
-        module: what is to stand there.
+        head: a shallow copy of a head; changed in place.
+        path: path of the module; its parent must exist.
+        module: the new module.
     """
     parent, _, name = path.rpartition(".")
     here: nn.Module = copy_path(head, parent) if parent else head

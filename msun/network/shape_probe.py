@@ -1,4 +1,4 @@
-"""What a network would put out and cost at some size, found on a copy without data."""
+"""Output shape and cost of a network for an input size, computed on the meta device."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from cka_probe.errors import one_line
 from cka_probe.rng import preserved_rng
 from msun.network.norms import SizedNorm
 
-__all__ = ["Seen", "ShapeProbe", "first_tensor", "meta_copy", "parameter_count"]
+__all__ = ["ProbeResult", "ShapeProbe", "first_tensor", "meta_copy", "parameter_count"]
 
 
-class Seen(NamedTuple):
-    """One run without data.
+class ProbeResult(NamedTuple):
+    """Result of one run of a `ShapeProbe`.
 
     Attributes:
-        shape: of the output, or of the first tensor in it; () where it holds none.
+        shape: shape of the output, or of the first tensor in it; () if it holds none.
         macs: multiply-accumulates of convolutions and matrix products.
-        sizes: the further sizes that a head hangs on its map; None for most.
-        fault: why the input cannot be taken; "" where it can, and only then the rest counts.
+        sizes: `cut_sizes` of the output of a head; None for most.
+        fault: reason why the network cannot take the input, "" if it can. With a fault the other
+            fields are empty.
     """
 
     shape: tuple[int, ...]
@@ -35,25 +36,28 @@ class Seen(NamedTuple):
     fault: str
 
 
+# Modules that change neither shape nor cost.
 _NO_SHAPE = (
     _BatchNorm, SizedNorm, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish,
     nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Mish, nn.ELU, nn.Dropout, nn.Dropout2d,
 )  # fmt: skip
+# Kinds of copy, cheapest first: on the meta device without norms and activations, on the meta
+# device, and with data on the CPU.
 _KINDS = ("bare", "meta", "whole")
 
 
 class ShapeProbe:
-    """A network's copy on the meta device, in eval mode, that tells shapes and costs of inputs.
+    """Computes output shapes and costs with a copy of a network on the meta device, in eval mode.
 
-    Batch norms and activations are left out of it, as they change no shape and take most of the
-    time. A network that looks at them stays whole, and one that needs data to run (control flow on
-    values) is copied with its data and run on zeros, which takes longer.
+    The copy has no batch norms and activations: they change no shape and take most of the time.
+    They stay if the network fails without them. A network that needs data (control flow on values)
+    is copied to the CPU and runs on zeros, which takes longer.
 
     Args:
-        module: the network; later changes to it do not show.
-        known: shape of an input that it takes, (n, c, h, w), to find out whether it needs data.
-        sizes: the second argument of a tail that needs sizes.
-        like: a shadow of a similar network, which tells that instead.
+        module: the network; later changes of it have no effect.
+        known: shape of a valid input, (n, c, h, w), with which the kind of copy is chosen.
+        sizes: second argument of a tail that needs sizes.
+        like: the probe of a similar network, whose kind of copy is used instead.
     """
 
     def __init__(
@@ -66,45 +70,46 @@ class ShapeProbe:
     ) -> None:
         floats = (p.dtype for p in module.parameters() if p.is_floating_point())
         self.dtype = next(floats, torch.float32)
-        self.memo: dict[Any, Seen] = {}
+        self.memo: dict[Any, ProbeResult] = {}
         self.kind: str
         for kind in _KINDS if like is None else (like.kind,):
             self.kind, self.device = kind, torch.device("cpu" if kind == "whole" else "meta")
             copied = copy.deepcopy(module).cpu() if kind == "whole" else meta_copy(module)
             self.module = (_bare(copied) if kind == "bare" else copied).eval()
             self.memo.clear()
-            if not known or not self.see(known, sizes).fault:
+            if not known or not self.run(known, sizes).fault:
                 break
 
-    def see(self, shape: tuple[int, ...], sizes: Any = None) -> Seen:
-        """What happens with an input.
+    def run(self, shape: tuple[int, ...], sizes: Any = None) -> ProbeResult:
+        """Run the copy on an input of a shape, or return the earlier result.
 
         Args:
-            shape: (n, c, h, w).
-            sizes: the second argument of a tail that needs sizes.
+            shape: shape of the input, (n, c, h, w).
+            sizes: second argument of a tail that needs sizes.
         """
         key = (tuple(shape), sizes)
         if key not in self.memo:
-            self.memo[key] = self._run(tuple(shape), sizes)
+            self.memo[key] = self._forward(tuple(shape), sizes)
         return self.memo[key]
 
     @torch.no_grad()
-    def _run(self, shape: tuple[int, ...], sizes: Any) -> Seen:
+    def _forward(self, shape: tuple[int, ...], sizes: Any) -> ProbeResult:
         x = torch.zeros(shape, dtype=self.dtype, device=self.device)
         counter = MacCounter()
         try:
             with preserved_rng(), counter:
                 out = self.module(x) if sizes is None else self.module(x, sizes)
         except Exception as error:  # whatever a network raises on a size that it cannot take
-            return Seen((), 0, None, one_line(error))
+            return ProbeResult((), 0, None, one_line(error))
         tensor = first_tensor(out)
         carried = getattr(tensor, "cut_sizes", None)
-        seen = () if tensor is None else tuple(tensor.shape)
-        return Seen(seen, counter.macs(), carried, "" if seen and min(seen) > 0 else "empty output")
+        given = () if tensor is None else tuple(tensor.shape)
+        fault = "" if given and min(given) > 0 else "empty output"
+        return ProbeResult(given, counter.macs(), carried, fault)
 
 
 def _bare(module: nn.Module) -> nn.Module:
-    """The module without its batch norms and activations, in place."""
+    """Replace batch norms and activations by identities, in place."""
     for parent in list(module.modules()):
         for name, child in list(parent._modules.items()):
             if isinstance(child, _NO_SHAPE):
@@ -113,15 +118,18 @@ def _bare(module: nn.Module) -> nn.Module:
 
 
 def parameter_count(module: nn.Module) -> int:
-    """How many numbers are learnt, each counted once."""
+    """The number of parameters; shared ones count once."""
     return sum(p.numel() for p in module.parameters())
 
 
 def first_tensor(out: Any) -> Tensor | None:
-    """The tensor that is the output, or the first one in it: logits, before auxiliary ones.
+    """The first tensor in an output: the logits come before auxiliary ones.
 
     Args:
-        out: what a network gave: a tensor, or a tuple, list or mapping with such inside.
+        out: output of a network: a tensor, or a nested tuple, list or mapping.
+
+    Returns:
+        The tensor; None if there is none.
     """
     if isinstance(out, Tensor):
         return out

@@ -1,8 +1,9 @@
-"""Taking the strides out of a head, so that a small image keeps a larger grid.
+"""Remove strides from a head, so that the map of a small image keeps a larger grid.
 
-A step is all strided modules that reduce the same grid: a convolution and its shortcut, parallel
-branches. It is taken out whole, last step first. What follows may be dilated, so that the pixels
-of the old grid keep their values (Holschneider et al. 1989, the "a trous" algorithm).
+A step is the set of strided modules that reduce the same grid: a convolution and its shortcut, or
+parallel branches. Its stride is removed from all of them at once. Later layers can be dilated, so
+that the pixels of the old grid keep their values (the "a trous" algorithm, Holschneider et al.
+1989).
 """
 
 from __future__ import annotations
@@ -15,24 +16,34 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from cka_probe.activations.meta import meta_copy
-from msun.cutting.dataflow import Part
-from msun.network.shallow_copy import put, shallow, shallow_part
+from msun.cutting.halves import Part
+from msun.network.shallow_copy import replace_module, shallow, shallow_part
 from msun.network.shape_probe import ShapeProbe
 
-__all__ = ["Leaf", "Removal", "Step", "like_old", "look", "remove_strides", "steps", "with_stride"]
+__all__ = [
+    "Leaf",
+    "Removal",
+    "Step",
+    "remove_strides",
+    "same_form",
+    "steps",
+    "trace_strides",
+    "with_stride",
+]
 
 _M = TypeVar("_M", bound=nn.Module)
+# Forwards of torch itself, whose output size is known; subclasses (timm) may pad on their own.
 _STOCK = {nn.Conv2d.forward, nn.MaxPool2d.forward, nn.AvgPool2d.forward}
 
 
 class Leaf(NamedTuple):
-    """A module that a head runs, seen at work.
+    """One run of a module in a head.
 
     Attributes:
-        path: where it stands in the head.
-        jump: pixels of the image between neighbours of the map that it takes in.
-        stride: by how much it thins that map; 1 for most.
-        shape: of what it took in.
+        path: path of the module.
+        jump: distance in image pixels between neighbours of its input map.
+        stride: factor by which it reduces that map; 1 for most.
+        shape: shape of its input.
     """
 
     path: str
@@ -45,9 +56,9 @@ class Step(NamedTuple):
     """The modules that reduce one grid.
 
     Attributes:
-        jump: pixels of the image between neighbours of that grid.
-        stride: by how much it is thinned.
-        paths: the modules.
+        jump: distance in image pixels between neighbours of that grid.
+        stride: factor by which the grid is reduced.
+        paths: paths of the modules.
     """
 
     jump: int
@@ -56,11 +67,11 @@ class Step(NamedTuple):
 
 
 class Removal(NamedTuple):
-    """A head with strides taken out.
+    """A head with strides removed.
 
     Attributes:
-        head: the head.
-        grid: what it gives for an image of the scale.
+        head: the new head.
+        grid: grid of its map for an image of the scale, (rows, columns).
         changes: module path -> (old stride, new stride).
     """
 
@@ -69,21 +80,26 @@ class Removal(NamedTuple):
     changes: dict[str, tuple[int, int]]
 
 
-def look(head: Part, shadow: ShapeProbe, shape: tuple[int, ...]) -> list[Leaf]:
-    """What each module of a head does with an image, in order of execution.
+def trace_strides(head: Part, probe: ShapeProbe, shape: tuple[int, ...]) -> list[Leaf]:
+    """Run a head on its probe, and record stride and input of each module.
 
     Args:
         head: the head.
-        shadow: its copy without data.
-        shape: of images that it takes, (n, c, h, w).
+        probe: the probe of the head.
+        shape: shape of a valid input, (n, c, h, w).
+
+    Returns:
+        The runs of modules, in order of execution.
     """
-    recorder = _Recorder(shadow.module, head.cut_graphs[False])
+    recorder = _Recorder(probe.module, head.cut_graphs[False])
     with torch.no_grad():
-        recorder.run(torch.zeros(shape, dtype=shadow.dtype, device=shadow.device))
+        recorder.run(torch.zeros(shape, dtype=probe.dtype, device=probe.device))
     return recorder.leaves
 
 
 class _Recorder(fx.Interpreter):
+    """Runs a graph and multiplies strides along it."""
+
     def __init__(self, head: nn.Module, graph: fx.Graph) -> None:
         super().__init__(head, graph=graph)
         self.jumps: dict[fx.Node, int] = {}
@@ -96,15 +112,15 @@ class _Recorder(fx.Interpreter):
         jump = max((self.jumps[a] for a in n.all_input_nodes), default=1)
         if n.op == "call_module" and isinstance(taken, Tensor):
             module = self.fetch_attr(str(n.target))
-            stride = _thinning(module, taken, out)
+            stride = _reduction(module, taken, out)
             self.leaves.append(Leaf(str(n.target), jump, stride, tuple(taken.shape)))
             jump *= stride
         self.jumps[n] = jump
         return out
 
 
-def _thinning(module: nn.Module, taken: Tensor, out: Any) -> int:
-    """By how much a module thins a map, where strides that can be changed do so; else 1."""
+def _reduction(module: nn.Module, taken: Tensor, out: Any) -> int:
+    """The factor by which a module reduces a map through strides that can be changed; else 1."""
     inside = [part for part in module.modules() if stride_of(part) > 1]
     if not inside or not isinstance(out, Tensor) or out.ndim != 4 or taken.ndim != 4:
         return 1
@@ -114,7 +130,7 @@ def _thinning(module: nn.Module, taken: Tensor, out: Any) -> int:
 
 
 def stride_of(module: nn.Module) -> int:
-    """The stride of a convolution, a pooling or a blur; 1 for what has none, or enlarges."""
+    """The stride of a convolution, pooling or blur; 1 for other modules and upsampling."""
     stride = getattr(module, "stride", 1)
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         return 1
@@ -129,7 +145,7 @@ def steps(leaves: list[Leaf]) -> list[Step]:
     """The steps of a head, in order of execution.
 
     Args:
-        leaves: what `look` saw.
+        leaves: result of `trace_strides`.
     """
     found: dict[tuple[int, int], list[str]] = {}
     for leaf in leaves:
@@ -139,22 +155,22 @@ def steps(leaves: list[Leaf]) -> list[Step]:
 
 
 def with_stride(module: _M, stride: int, dilation: int = 1) -> _M:
-    """A module with another stride, which then gives ceil(side / stride), and dilated.
+    """A shallow copy of a module with another stride and dilation.
 
-    What is kept of the old grid keeps its values: padding grows at the right and at the bottom
-    only. Near those two borders they may differ where the old layers left pixels out (no padding).
-    Parameters are shared.
+    Its output has the side ceil(input / stride). Padding grows only at the right and the bottom, so
+    that the pixels of the old grid keep their values. They may differ near these two borders if the
+    old layer ignored pixels there (no padding).
 
     Args:
-        module: a convolution, a pooling, or a module with such inside.
-        stride: the new one.
-        dilation: by how much the map that it takes in has become finer.
+        module: a convolution, a pooling, or a container of them; left unchanged.
+        stride: the new stride.
+        dilation: factor by which the input map became finer.
 
     Raises:
         ValueError: a module that cannot be dilated.
     """
-    twin_of = shallow(module)
-    made: Any = twin_of  # its attributes are not those of every module
+    copied = shallow(module)
+    made: Any = copied  # without a type: the attributes below depend on the class
     if module._modules:
         if dilation > 1:
             raise ValueError(
@@ -163,11 +179,11 @@ def with_stride(module: _M, stride: int, dilation: int = 1) -> _M:
         for name, child in module._modules.items():
             if child is not None and any(stride_of(part) > 1 for part in child.modules()):
                 made._modules[name] = with_stride(child, stride)
-        return twin_of
+        return copied
     kernel, padding = getattr(module, "kernel_size", None), getattr(module, "padding", None)
     changed = stride_of(module) != stride
     if changed:
-        made.stride = like_old(made.stride, stride)
+        made.stride = same_form(made.stride, stride)
     if dilation > 1 and kernel is not None and set(_pair(kernel)) != {1}:
         if not hasattr(module, "dilation"):
             raise ValueError(
@@ -180,33 +196,34 @@ def with_stride(module: _M, stride: int, dilation: int = 1) -> _M:
                 twice = [p for p in reversed(made.padding) for _ in range(2)]
                 made._reversed_padding_repeated_twice = twice
     if kernel is None or padding is None or isinstance(padding, str):
-        return twin_of
+        return copied
     extra = (0, 0)
     if changed:
         if isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
             made.ceil_mode = False
         shape = _pair(kernel), _pair(getattr(made, "dilation", 1)), _pair(made.padding)
+        # a window of dilated width (k - 1) d + 1 gives ceil(side / stride) if 2 p reaches (k - 1) d
         short = [max(0, (k - 1) * d - 2 * p) for k, d, p in zip(*shape, strict=True)]
         if any(short) and _falls_short(made, stride):
             extra = (short[0], short[1])
     before = (0, 0)
-    if dilation > 1 and isinstance(module, nn.MaxPool2d):  # pads at most half of its kernel itself
+    if dilation > 1 and isinstance(module, nn.MaxPool2d):  # torch limits its padding to kernel / 2
         before, made.padding = _pair(made.padding), 0
     if any(extra) or any(before):
         made.register_forward_pre_hook(_Pad(before, extra, made))
-    return twin_of
+    return copied
 
 
-def like_old(old: Any, stride: int) -> Any:
-    """A stride written as the old one is: a number, or one for each axis."""
+def same_form(old: Any, stride: int) -> Any:
+    """A stride in the form of the old one: a number, or one number per axis."""
     return type(old)([stride] * len(old)) if isinstance(old, tuple | list) else stride
 
 
 def _falls_short(module: nn.Module, stride: int) -> bool:
-    """Whether a convolution or pooling gives less than ceil(side / stride) as it is."""
+    """Whether a convolution or pooling gives less than ceil(side / stride) without more padding."""
     if type(module).forward in _STOCK:
         return True
-    side = 64 * stride
+    side = 64 * stride  # larger than the window of any usual layer
     made = meta_copy(module)
     channels: Any = getattr(module, "in_channels", 4)
     try:
@@ -217,9 +234,9 @@ def _falls_short(module: nn.Module, stride: int) -> bool:
 
 
 class _Pad:
-    """Pads what a layer is about to take in, on all sides and more at the bottom and the right."""
+    """Forward pre-hook that pads the input of a layer, more at the bottom and right."""
 
-    part_of_layer = True
+    part_of_layer = True  # `meta_copy` keeps such hooks
 
     def __init__(self, all_round: tuple[int, int], extra: tuple[int, int], layer: Any) -> None:
         (y, x), (bottom, right) = all_round, extra
@@ -242,54 +259,62 @@ def remove_strides(
     dilated: bool = False,
     first: bool = False,
 ) -> Removal:
-    """Take steps out of a head, one by one, until a small image's grid meets a wanted one.
+    """Remove strides step by step, until the grid of a small image reaches the wanted one.
 
-    The last one first, or the first. A stride of 4 becomes 2 where that suffices; one of 3 or 7
-    has no divisor and becomes 1, which may overshoot. A step that cannot go (the head would not
-    run, or gives no larger grid even with the next ones) stays, and the next in turn is tried.
+    A stride of 4 becomes 2 if that is enough; a prime stride (3 or 7) becomes 1, which may give a
+    larger grid than wanted. A step stays if the head fails without its stride, or if the grid does
+    not grow even together with the next steps.
 
     Args:
-        head: left as it is; the new one shares its parameters.
-        side: of the small images, in pixels.
-        wanted: the grid to meet.
-        known: shape of images that the head takes, (n, c, h, w).
-        axes: where rows and columns stand in its map.
-        dilated: dilate what follows, so that the old grid's pixels keep their values.
-        first: take the first steps first, which keeps every pixel for longer and costs more.
+        head: the head; left unchanged, and the new one shares its parameters.
+        side: side of the small images in pixels.
+        wanted: wanted grid, (rows, columns).
+        known: shape of a valid input of the head, (n, c, h, w).
+        axes: axes of rows and columns in its map.
+        dilated: whether to dilate later layers, so that the pixels of the old grid keep their
+            values.
+        first: whether to begin with the first step, which keeps every pixel for longer and costs
+            more; else with the last.
+
+    Returns:
+        The new head, its grid and the changed strides.
 
     Raises:
-        ValueError: images of that side cannot be taken, or a module that cannot be dilated.
+        ValueError: a side that the head cannot take, or a module that cannot be dilated.
     """
-    shadow = ShapeProbe(head, known)
-    leaves = look(head, shadow, known)
+    probe = ShapeProbe(head, known)
+    leaves = trace_strides(head, probe, known)
     image = (*known[:2], side, side)
-    channels = _channels(shadow.see(known).shape, axes)
+    channels = _channels(probe.run(known).shape, axes)
 
     def grid_of(of: Part) -> tuple[tuple[int, int], str]:
-        seen = ShapeProbe(of, like=shadow).see(image)
-        if seen.fault or len(seen.shape) != 4 or _channels(seen.shape, axes) != channels:
-            return (0, 0), seen.fault or "another map"
-        return (seen.shape[axes[0]], seen.shape[axes[1]]), ""
+        result = ShapeProbe(of, like=probe).run(image)
+        shape = result.shape
+        if result.fault or len(shape) != 4 or _channels(shape, axes) != channels:
+            return (0, 0), result.fault or "another map"
+        return (shape[axes[0]], shape[axes[1]]), ""
 
     best, strides = shallow_part(head), dict[tuple[int, int], int]()
     grid, fault = grid_of(best)
     every = steps(leaves)
-    vain = dict[tuple[int, int], int]()  # of tiny maps: sides are rounded up, so one alone is none
+    # Strides whose removal had no effect alone: on tiny maps sides are rounded up, and only several
+    # together enlarge the grid.
+    pending = dict[tuple[int, int], int]()
     for step in every if first else reversed(every):
         for stride in _smaller(step.stride):
             if grid[0] >= wanted[0] and grid[1] >= wanted[1]:
                 break
-            for more in ({}, vain) if vain else ({},):
+            for more in ({}, pending) if pending else ({},):
                 tried = {**strides, **more, step[:2]: stride}
                 attempt = _changed(head, leaves, every, tried, dilated=dilated)
                 finer, _ = grid_of(attempt)
                 if finer[0] * finer[1] > grid[0] * grid[1]:
                     best, strides, grid = attempt, tried, finer
-                    vain = {}
+                    pending = {}
                     break
             else:
                 if finer[0]:
-                    vain[step[:2]] = stride
+                    pending[step[:2]] = stride
     if not grid[0]:
         raise ValueError(
             f"the head cannot take images of this scale: {side} x {side}, {fault}: choose a "
@@ -321,7 +346,7 @@ def _changed(
     *,
     dilated: bool,
 ) -> Part:
-    """A twin with other strides at some steps."""
+    """A shallow copy of a head with other strides at some steps."""
     made = shallow_part(head)
     new = {path: strides[s[:2]] for s in every for path in s.paths if s[:2] in strides}
     for leaf in {leaf.path: leaf for leaf in leaves}.values():
@@ -335,15 +360,15 @@ def _changed(
         stride = new.get(leaf.path, leaf.stride)
         if finer > 1 and stride > 1 and leaf.path not in new:
             raise ValueError(
-                f"the old pixels cannot be kept: {leaf.path!r} still strides behind a step that "
-                "was taken out: choose start 'copied'"
+                f"the old pixels cannot be kept: {leaf.path!r} still has a stride after a "
+                "removed one: choose start 'copied'"
             )
         if leaf.path in new or _has_kernel(module):
-            put(made, leaf.path, with_stride(module, stride, finer))
+            replace_module(made, leaf.path, with_stride(module, stride, finer))
     return made
 
 
 def _has_kernel(module: nn.Module) -> bool:
-    """Whether a module looks at more than one pixel by a convolution or pooling."""
+    """Whether a module has a convolution or pooling with a kernel above 1 x 1."""
     kernels = (getattr(part, "kernel_size", 1) for part in module.modules())
     return any(set(_pair(kernel)) - {1} for kernel in kernels)

@@ -1,4 +1,4 @@
-"""What was suggested: the cut, the reasons, the ranking; as text, as HTML and as JSON."""
+"""The suggested cut with its reasons and the ranking of all cuts; as text, HTML and JSON."""
 
 from __future__ import annotations
 
@@ -20,31 +20,32 @@ __all__ = ["SplitChoice"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SplitChoice:
-    """Where to cut, and why.
+    """A suggested cut, with reasons.
 
     Attributes:
-        layer: the cut lies after it; None where the rule has no cut to offer.
-        score: what the rule went by, there; nan without a layer.
-        clear: False where the data do not settle it; `why` then begins with "No clear split".
-        why: the reasons in words, what speaks against them and what to be careful about.
-        runner_up: the second in the ranking; None where there is none.
-        apart: score of the layer less that of the runner-up, in standard errors of the difference;
-            nan where they are unknown. Approximate: reports keep no covariances (`Curve.apart`).
-        ranking: all cuts on the curve, best first; those that could not be chosen come last, with
-            the score nan. Columns layer, tapped (its name in the report), cka, stderr, low, high,
-            score, apart (from the chosen one, as above), channels and grid (of the map that
-            crosses the cut at the reference), parameters (before the cut) and those of `costs`;
-            nan where unknown.
-        doubts: what speaks against a clear split.
-        cautions: what to know when reading it.
-        unprobed: cuts that the report does not hold, in order of execution.
-        curve: what the rule saw.
-        dip: place of the dip on the curve, where the rule looks for one.
-        target: the CKA to be reached, likewise.
-        rule: its name.
-        view: of the curve.
-        reference: the view that it is held against.
-        by_cka: whether the rule goes by CKA at all.
+        layer: path of the module to cut after; None if the rule found no cut.
+        score: score of that cut by the rule; nan without a layer.
+        clear: False if the data do not decide between cuts; `why` then begins with "No clear
+            split".
+        why: the reasons in words, with doubts and cautions.
+        runner_up: the second cut of the ranking; None if there is none.
+        apart: score of the layer minus that of the runner-up, in standard errors of the difference;
+            nan if they are unknown. Approximate, since reports have no covariances (`Curve.apart`).
+        ranking: all cuts on the curve, best first; cuts that the rule excludes come last, with
+            score nan. Columns: layer, tapped (its name in the report), cka, stderr, low, high,
+            score, apart (difference from the chosen cut, as above), channels and grid (of the map
+            that crosses the cut at the reference), parameters (before the cut) and the columns of
+            `costs`; nan where unknown.
+        doubts: reasons against a clear split.
+        cautions: limits of the report to keep in mind.
+        unprobed: cuts that are not in the report, in order of execution.
+        curve: the curve that the rule judged.
+        dip: index of the dip on the curve; None for rules without one.
+        target: the CKA that a cut must reach; None for rules without one.
+        rule: name of the rule.
+        view: the view of the curve.
+        reference: the view that it is compared with.
+        by_cka: whether the rule uses CKA.
     """
 
     layer: str | None
@@ -69,7 +70,7 @@ class SplitChoice:
         return f"<SplitChoice {self.headline}>"
 
     def _repr_html_(self) -> str:
-        said = "".join(f"<p>{html.escape(text)}</p>" for text in (self.why, self.rivalry))
+        reasons = "".join(f"<p>{html.escape(text)}</p>" for text in (self.why, self.rivalry))
         forms = {"parameters": "{:,.0f}", "channels": "{:.0f}"}
         forms |= {str(x): "{:.3g}" for x in self.ranking if str(x).startswith("gmacs_")}
         table = self.ranking.to_html(
@@ -78,35 +79,35 @@ class SplitChoice:
             float_format="{:.3f}".format,
             formatters={name: _or_blank(form) for name, form in forms.items()},
         )
-        return f"<p><b>{html.escape(self.headline)}</b></p>{said}{table}"
+        return f"<p><b>{html.escape(self.headline)}</b></p>{reasons}{table}"
 
     @property
     def headline(self) -> str:
-        """The answer in a few words."""
+        """The result in a few words."""
         if self.layer is None:
             return "no clear split: no cut to offer"
         return f"cut after {self.layer}" if self.clear else f"no clear split; at best {self.layer}"
 
     @property
     def rivalry(self) -> str:
-        """The runner-up and how far apart, in words."""
+        """The runner-up and its distance, in words."""
         if self.runner_up is None:
-            return "No other cut was in question."
+            return "There is no other candidate."
         score = float(self.ranking["score"].iloc[1])
-        said = f"Runner-up: {self.runner_up}, score {score:.3f} against {self.score:.3f}"
+        text = f"Runner-up: {self.runner_up}, score {score:.3f} against {self.score:.3f}"
         if not self.by_cka:
-            return f"{said}."
+            return f"{text}."
         if math.isnan(self.apart):
-            return f"{said}; without standard errors that says nothing."
-        return f"{said}, {abs(self.apart):.1f} standard errors apart."
+            return f"{text}; without standard errors, the difference may be chance."
+        return f"{text}, {abs(self.apart):.1f} standard errors apart."
 
     def to_json(self) -> str:
-        """Everything but the curve's picture, as JSON text; nan is null."""
-        told = {
+        """All fields as JSON text; nan becomes null."""
+        content = {
             name: getattr(self, name)
             for name in ("layer", "score", "clear", "why", "runner_up", "apart", "rule", "view")
         }
-        told |= {
+        content |= {
             "reference": self.reference,
             "delta": self.curve.delta,
             "growth": self.curve.growth,
@@ -126,17 +127,21 @@ class SplitChoice:
                 )
             ],
         }
-        return json.dumps(plain(told, "choice"), indent=2) + "\n"
+        return json.dumps(plain(content, "choice"), indent=2) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_json` whole or not at all.
+        """Write `to_json` to a file, atomically.
+
+        Args:
+            path: path of the file, in an existing folder.
 
         Raises:
-            OSError: where the folder does not exist or cannot be written.
+            OSError: the folder does not exist or cannot be written.
         """
         with replacing(path) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8")
 
 
 def _or_blank(form: str) -> Callable[[Any], str]:
+    """A formatter that leaves nan blank."""
     return lambda value: "" if math.isnan(value) else form.format(value)

@@ -1,4 +1,4 @@
-"""Where scale-specific layers should end: a report and a network's cuts -> a cut with reasons."""
+"""Suggest a cut from a CKA report and the valid cuts of a network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from msun.splitting.rules import SPLIT_RULES, Rule, get_rule
 __all__ = ["SPLIT_RULES", "check_options", "suggest_split"]
 
 _NAMED = 6  # cuts in a list before "and N more"
-_RUN = re.compile("#[0-9]+$")
+_RUN = re.compile("#[0-9]+$")  # "layer#2": the second run of a module in one forward
 
 
 def suggest_split(
@@ -32,40 +32,40 @@ def suggest_split(
     growth: float = 1.0,
     costs: pd.DataFrame | None = None,
 ) -> SplitChoice:
-    """Where the layers that each scale has for itself should end: a cut by a rule, with reasons.
+    """Suggest the cut after which all scales share their layers, with reasons.
 
-    The default is the deepest cut that can be paid (`affordable`), since in trained networks the
-    rules that read CKA chose worse ones (docs/splits.md); the curve of CKA comes with it.
+    The default rule is `affordable`, the deepest cut within a limit of parameters: in trained
+    networks the rules that use CKA chose worse cuts (docs/splits.md). The choice contains the CKA
+    curve in any case.
 
-    The curve: every layer in one view held against itself in the reference. Layers that are no
-    valid cuts shape it but cannot be chosen; valid cuts that were not probed are named. A
-    `restore` report of unbiased CKA is what `recovery` was made for: with `native` the convolutions
-    see another field of view, which lowers CKA by itself; that is said in `why`.
+    The curve is CKA of each layer between one view and the reference. Layers that are no valid
+    cuts belong to it but cannot be chosen; the choice lists valid cuts that were not probed. The
+    rule `recovery` needs a `restore` report of unbiased CKA. With `native`, convolutions have
+    another field of view, which lowers CKA by itself; `why` then says so.
 
     Args:
-        report: what `probe` found, of two views or more.
-        cuts: what `find_cuts(model)` or `cut_points(model)` gave. The latter knows each cut by one
-            name only: a block probed as "layer1.1" is then not known to be the cut "layer1".
-        rule: "affordable", "recovery", "largest_recovery",
-            or a callable on a `Curve`; None for "affordable", or where the cuts are names, so that
-            it is not known how many parameters lie before them, "recovery".
-        view: whose curve; None is the smallest scale, the first view where they are no sizes.
-        delta: how far below the later maximum counts as recovered, in CKA.
-        growth: the further subnets must add less than this, for `affordable`: a share of the
-            parameters before the network's last valid cut, probed or not, so of its features
-            without what classifies them. The sizes of the report are taken for the scales.
-        costs: the frame of `subnet_costs`. A report holds what the whole network
-            costs, not what the part before a cut does, so without it no GMACs are given.
+        report: a report of two views or more.
+        cuts: the result of `find_cuts(model)` or `cut_points(model)`. The latter has one name per
+            cut only: a block that was probed as "layer1.1" is then not known as the cut "layer1".
+        rule: "affordable", "recovery", "largest_recovery", or a callable on a `Curve`. None is
+            "affordable", or "recovery" if the cuts are names, without numbers of parameters.
+        view: the view of the curve; None for the smallest scale, or the first view if views are
+            no sizes.
+        delta: tolerance of `recovery`, in CKA.
+        growth: limit of `affordable`: parameters that the further subnets add, as a share of those
+            before the last valid cut of the network. The sizes of the report count as the scales.
+        costs: result of `subnet_costs`, for the MACs of each cut. A report has the cost of the
+            whole network only.
 
     Returns:
-        The choice. It is unclear, besides what the rule doubts, where the report has no standard
-        errors (fewer than 2 groups of images), where the intervals of all cuts overlap, and on
-        biased CKA.
+        The choice. Besides the doubts of the rule, it is unclear if the report has no standard
+        errors (fewer than 2 groups of images), if the intervals of all cuts overlap, or if CKA is
+        biased.
 
     Raises:
-        TypeError: cuts or a rule of another kind.
-        ValueError: an unknown rule or view, a report of one view, one without any of these cuts
-            (of another network, perhaps), or without values; delta out of range.
+        TypeError: cuts or a rule of a wrong type.
+        ValueError: an unknown rule or view; a report of one view, without values, or without any of
+            the cuts (of another network, perhaps); delta or growth out of range.
 
     >>> from cka_probe import probe
     >>> from cka_probe.inputs import glyphs
@@ -119,24 +119,22 @@ def suggest_split(
 def check_options(
     rule: str | Rule | None = None, *, delta: float = 0.0, growth: float = 1.0
 ) -> None:
-    """Refuse what `suggest_split` would refuse of its options, before there is a report.
+    """Validate the options of `suggest_split`, before there is a report.
 
     Args:
-        rule: as there.
-        delta: likewise.
-        growth: likewise.
+        rule: name of a rule or a callable, as in `suggest_split`.
+        delta: tolerance of `recovery`, in CKA.
+        growth: limit of `affordable`.
 
     Raises:
-        TypeError: a rule of another kind.
+        TypeError: a rule of a wrong type.
         ValueError: an unknown rule, or a number out of range.
     """
-    numbers = {"delta": delta, "growth": growth}
-    for what, number in numbers.items():
+    for name, number in (("delta", delta), ("growth", growth)):
         if not isinstance(number, Real) or isinstance(number, bool):
-            raise ValueError(f"{what} is no number: {number!r}: give one such as 0.5")
-    for what, number in (("delta", delta),):
-        if not 0 <= number <= 1:
-            raise ValueError(f"{what} out of range: {number}: give a difference in CKA, 0 to 1")
+            raise ValueError(f"{name} is no number: {number!r}: give one such as 0.5")
+    if not 0 <= delta <= 1:
+        raise ValueError(f"delta out of range: {delta}: give a difference in CKA, 0 to 1")
     if not 0 < growth < math.inf:
         raise ValueError(f"growth out of range: {growth}: give a share above 0, such as 1")
     if rule is not None:
@@ -144,11 +142,11 @@ def check_options(
 
 
 def _view(report: Report, view: str | int | None) -> str:
-    """The view whose curve is read."""
+    """Resolve the view of the curve."""
     others = [name for name in report.views if name != report.reference]
     if not others:
-        way_out = "probe at two scales or more"
-        raise ValueError(f"a report of one view has no curve: {report.views[0]!r}: {way_out}")
+        hint = "probe at two scales or more"
+        raise ValueError(f"a report of one view has no curve: {report.views[0]!r}: {hint}")
     if view is None:
         sizes = all(name.isdecimal() for name in others)
         view = min(others, key=int) if sizes else others[0]
@@ -156,8 +154,8 @@ def _view(report: Report, view: str | int | None) -> str:
         known = ", ".join(map(repr, others))
         odd = "the reference itself" if str(view) == report.reference else "unknown view"
         raise ValueError(f"{odd}: {str(view)!r}: use one of {known}")
-    seen = (report.meta.get("run") or {}).get("views") or {}
-    networks = {(seen.get(name) or {}).get("model") for name in (str(view), report.reference)}
+    views = (report.meta.get("run") or {}).get("views") or {}
+    networks = {(views.get(name) or {}).get("model") for name in (str(view), report.reference)}
     if len(networks) > 1:
         raise ValueError(f"two networks, not one at two scales: {str(view)!r} and "
                          f"{report.reference!r}: probe one with scales")  # fmt: skip
@@ -165,7 +163,7 @@ def _view(report: Report, view: str | int | None) -> str:
 
 
 def _cuts(cuts: Iterable[str | Cut]) -> list[Cut]:
-    """Every cut with all its names; the parameters of one that is only named are -1."""
+    """The cuts as `Cut`; a cut given by name has -1 parameters."""
     if isinstance(cuts, str):
         raise TypeError(f"cuts are one text: {cuts!r:.60}: give a list, such as cut_points(model)")
     known = []
@@ -182,12 +180,12 @@ def _cuts(cuts: Iterable[str | Cut]) -> list[Cut]:
 def _curve(
     report: Report, view: str, known: list[Cut], delta: float, growth: float
 ) -> tuple[Curve, list[str], set[str]]:
-    """The curve, the names under which the report holds its layers, and cuts without a value."""
+    """The curve, the names of its layers in the report, and the cuts without a value."""
     columns = {what: report.against(what=what)[view] for what in ("cka", "stderr", "low", "high")}
     layers = [str(name) for name in columns["cka"].dropna().index]
     if not layers:
         raise ValueError(
-            f"no value to go by: no layer varies both in view {view!r} and in "
+            f"no CKA value: no layer varies both in view {view!r} and in "
             f"{report.reference!r}: probe other layers"
         )
     by_name = {name: cut.name for cut in known for name in (*cut.names, cut.name)}
@@ -195,7 +193,7 @@ def _curve(
     empty = {by_name[path] for path in paths & by_name.keys()}
     runs: dict[str, dict[str, str]] = {}  # cut -> its names in the report -> the label that counts
     for label in layers:
-        path = _RUN.sub("", label)  # of a module's runs ("layer#2") the cut lies after the last
+        path = _RUN.sub("", label)  # of several runs of a module, the last one replaces the others
         if path in by_name:
             runs.setdefault(by_name[path], {})[path] = label
     if not runs:
@@ -205,8 +203,8 @@ def _curve(
             "probe with layers= set to cuts, or is it a report of another network?"
         )
     cut_of = {at.get(cut, [*at.values()][-1]): cut for cut, at in runs.items()}
-    twins = {label for at in runs.values() for label in at.values()} - cut_of.keys()
-    tapped = [label for label in layers if label not in twins]
+    others = {label for at in runs.values() for label in at.values()} - cut_of.keys()
+    tapped = [label for label in layers if label not in others]
     before = {cut.name: cut.parameters for cut in known if cut.parameters >= 0}
     whole = float(max(before.values())) if len(before) == len(known) else None
     sizes = [name for name in report.views if name.isdecimal()]
@@ -227,9 +225,9 @@ def _curve(
 
 
 def _doubts(curve: Curve) -> list[str]:
-    """What speaks against any clear split, whatever the rule."""
+    """Reasons against a clear split that hold for every rule by CKA."""
     if not curve.unbiased:
-        return ["CKA is biased, which lifts wide layers most"]
+        return ["CKA is biased, which raises wide layers most"]
     if np.isnan(curve.low[curve.is_cut]).any():
         return ["there are no standard errors (fewer than 2 groups of images), so any difference "
                 "may be chance"]  # fmt: skip
@@ -241,32 +239,32 @@ def _doubts(curve: Curve) -> list[str]:
 def _cautions(
     report: Report, view: str, unprobed: tuple[str, ...], empty: list[str], no_costs: bool
 ) -> list[str]:
-    """What to know when reading the choice."""
-    told = []
+    """Limits of the report, in words."""
+    texts = []
     if report.meta.get("resize") == "native" and view.isdecimal():
-        told.append(
+        texts.append(
             "The images were fed small (native): shared weights then see another field of view, "
-            "which lowers CKA by itself, so a restore report is the better ground."
+            "which lowers CKA by itself: prefer a restore report."
         )
     if unprobed:
         named, more = ", ".join(unprobed[:_NAMED]), len(unprobed) - _NAMED
         named += f" and {more} more" if more > 0 else ""
-        told.append(f"Not probed and so not in question: {named}.")
+        texts.append(f"Not probed, so not considered: {named}.")
     if empty:
-        told.append(f"Without a value in both views: {', '.join(empty)}.")
+        texts.append(f"Without a CKA value: {', '.join(empty)}.")
     if no_costs and (macs := report.meta.get("view_macs")):
         whole = float(macs.get(report.reference, math.nan)) / 1e9
-        told.append(
-            f"The report knows the cost of the whole network, {whole:.3g} GMACs in view "
+        texts.append(
+            f"The report has the cost of the whole network, {whole:.3g} GMACs in view "
             f"{report.reference}, not that of the part before a cut: give costs=subnet_costs(...)."
         )
-    return told
+    return texts
 
 
 def _deeper(
     known: list[Cut], on_curve: set[str], curve: Curve, verdict: Verdict, chosen: int
 ) -> list[str]:
-    """Cuts off the curve that lie deeper than the one chosen by its cost, and cost as little."""
+    """A note on cuts that are not on the curve, deeper than the chosen one and within the limit."""
     if curve.whole is None or verdict.doubts:
         return []
     limit = curve.growth * curve.whole / (curve.scales - 1)
@@ -286,7 +284,7 @@ def _ranking(
     cuts: Mapping[str, Cut],
     costs: pd.DataFrame | None,
 ) -> pd.DataFrame:
-    """All cuts on the curve, as `SplitChoice.ranking` says."""
+    """The table `SplitChoice.ranking`."""
     order = [*verdict.order, *(k for k in curve.cuts if k not in verdict.order)]
     rows = []
     for k in order:

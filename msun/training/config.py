@@ -1,4 +1,4 @@
-"""How a network is trained, as one value; the learning rate; which weights decay."""
+"""The options of a training run, and the comparison of a saved run with this one."""
 
 from __future__ import annotations
 
@@ -9,69 +9,67 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from msun.network.policy import Policy
 from msun.training.losses import CONSTRAINTS
 
-__all__ = ["TrainConfig", "groups", "rate", "refuse_other"]
+__all__ = ["TrainConfig", "check_same_run"]
 
-# What says where and how, and changes no number of a finished run.
+# Options that change no number of a finished run, so a resumed run may change them.
 _FREE = ("out", "device", "workers", "save_every_s", "resume", "overwrite", "progress")
 _AMP = (None, "bf16", "fp16")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All choices of a training run.
+    """The options of a training run.
 
     Attributes:
-        out: Folder for model.pt, metrics.csv, config.json and, until the end, state.pt.
-        epochs: Passes over the training images.
-        max_steps: Stop after so many steps instead; the schedule spans them.
-        batch_size: Images a step, over all processes together; each is seen at every scale. For
-            equal cost, 16 in place of 32 gave `lean` 0.3 to 0.5 points (experiments/scales).
-        lr: Highest learning rate, after the warm-up.
-        momentum: Of SGD.
-        weight_decay: Of SGD, on every weight.
-        decay_norms: Whether biases and the weights of norms decay too.
-        warmup: Share of the steps in which the rate rises linearly; then it falls as a cosine.
-        label_smoothing: Of the cross-entropies.
-        clip: Highest norm of the gradient; None does not clip.
-        constraint: "none", "raw", "normalised" or "cka"; None is what the network's policy says.
-        constraint_weight: What its sum is multiplied by.
-        tau: Parts of the constraint below it count as 0; None is 0.01 for "raw" (0.001 with the
-            paper's subnets of DenseNet-121 and VGG-16-BN), else 0.
-        distill: Weight of ensemble distillation; 0 does without.
-        distill_after: Share of the steps before it begins; None is the warm-up.
-        ema: Decay of the running mean of weights and statistics, which is then what is measured
-            and kept; early on, (1 + step) / (10 + step) where that is smaller. None keeps none.
-        amp: Autocast to "bf16" or "fp16" (with loss scaling); None computes in float32.
+        out: folder for model.pt, metrics.csv, config.json and, until the end, state.pt.
+        epochs: number of passes over the training images.
+        max_steps: number of steps, instead of `epochs`; the schedule covers them.
+        batch_size: number of images per step, over all processes, each at every scale. For equal
+            cost, 16 instead of 32 gave `lean` 0.3 to 0.5 points (experiments/scales).
+        lr: highest learning rate, after the warm-up.
+        momentum: momentum of SGD.
+        weight_decay: weight decay of SGD.
+        decay_norms: whether biases and the weights of norms decay too.
+        warmup: share of the steps in which the rate rises linearly; then it falls as a cosine.
+        label_smoothing: label smoothing of the cross-entropies.
+        clip: highest length of the gradient; None for no clipping.
+        constraint: "none", "raw", "normalised" or "cka"; None for that of the network's policy.
+        constraint_weight: weight of the constraint in the loss.
+        tau: threshold below which parts of the constraint count as 0; None for 0.01 with "raw"
+            (0.001 with the paper's subnets of DenseNet-121 and VGG-16-BN), else 0.
+        distill: weight of ensemble distillation; 0 for none.
+        distill_after: share of the steps before distillation begins; None for the warm-up.
+        ema: EMA decay per step, in [0, 1); in early steps (1 + step) / (10 + step) if smaller. The
+            averaged weights are validated and saved. None for no EMA.
+        amp: autocast to "bf16" or "fp16" (with loss scaling); None for float32.
         augment: "auto" or "none" (see `msun.data.crops.augmentation`).
-        crop_area: Lowest and highest share of the area of a crop; None is by the data.
-        flip: Whether to mirror; None is by the data.
-        between: Share of the steps in which a scale learns the sizes that it serves: a side is
-            drawn from them, uniform in the logarithm, and all crops of the batch are shrunk to it
-            and then resized, antialiased, to what the network feeds such images at. None: half,
-            where the policy resizes any ("small", "scale") and there are several scales, else 0.
-            With 1 hardly any crop is as sharp as an image of the scale itself, which costs
-            accuracy there until `msun.recalibrated`. On a CUDA card do not train a channels-last
-            network so: cuDNN may compile kernels for each new side, seconds each (seen with
-            depthwise convolutions and `amp`).
-        val_share: Share of the images that is kept from training and measured after each epoch.
-        rows: Outputs of the head that stand for the classes, in their order; None is all.
-        n_images: A seeded random subset; of the glyphs, how many are drawn.
-        mean: Channel means for pixels; None is what the network or else ImageNet says.
-        std: Channel standard deviations, likewise.
-        shards: Parts of a batch that batch norm sees apart; None is one for each process. Running
-            statistics are those of the first part.
-        seed: Of the subset, the split, the order, the crops and dropout.
-        device: Where; None is where the network is.
-        workers: Processes that decode images.
-        save_every_s: Seconds between saved states within an epoch; one is saved after each.
-        resume: Go on from the saved state, if there is one.
-        overwrite: Replace a finished or interrupted run in `out`.
-        progress: Show a progress bar.
+        crop_area: lowest and highest share of the area of a crop; None for the default of the data.
+        flip: whether to mirror; None for the default of the data.
+        between: share of the steps in which a scale is trained with other sizes that are routed to
+            it. A side is drawn from them, uniform in the logarithm. All crops of the batch are
+            shrunk to it and then resized, antialiased, to the input size for such images. None is
+            0.5 if the policy resizes images ("small", "scale") and there are several scales, else
+            0. With 1, hardly any crop is as sharp as an image of the scale itself, which costs
+            accuracy there until `msun.recalibrated`. Avoid it for channels-last networks on CUDA:
+            cuDNN may compile kernels for each new side, seconds each (observed with depthwise
+            convolutions and `amp`).
+        val_share: share of the images that is held out and evaluated after each epoch.
+        rows: outputs of the network that stand for the classes, in their order; None for all.
+        n_images: size of a random subset; for glyphs, the number of images drawn.
+        mean: channel means for pixels; None for those of the network, else of ImageNet.
+        std: channel standard deviations, likewise.
+        shards: number of parts of a batch that batch norm normalises separately; None for one per
+            process. Running statistics are those of the first part.
+        seed: seed of the subset, the split, the order, the crops and dropout.
+        device: device to train on; None for that of the network.
+        workers: number of processes that decode images.
+        save_every_s: seconds between saved states within an epoch; one is saved after each epoch.
+        resume: whether to continue from a saved state, if there is one.
+        overwrite: whether to replace a finished or interrupted run in `out`.
+        progress: whether to show a progress bar.
     """
 
     out: str | Path
@@ -139,86 +137,50 @@ class TrainConfig:
             raise ValueError(f"half a normalisation: only {given} is given: give mean and std")
 
     def options(self) -> dict[str, Any]:
-        """What could change a number, by name."""
+        """The options that can change a result, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _FREE}
 
 
-def rate(step: int, total: int, warmup: int, lr: float) -> float:
-    """The learning rate of a step: linear warm-up, then a cosine (Loshchilov & Hutter 2017).
+def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
+    """Raise if a saved run differs from this one; the message names the first difference.
+
+    Options that the version of the saved run did not have count with their behaviour of that time.
 
     Args:
-        step: Counted from 0.
-        total: Steps of the run.
-        warmup: Steps of warm-up; the last of them has the full rate.
-        lr: The highest rate.
-    """
-    if step < warmup:
-        return lr * (step + 1) / warmup
-    return lr * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
-
-
-def groups(model: nn.Module, weight_decay: float, *, decay_norms: bool) -> list[dict[str, Any]]:
-    """Parameter groups for SGD; frozen parameters are in none.
-
-    Args:
-        model: The network.
-        weight_decay: Of matrices and kernels.
-        decay_norms: False: vectors (biases, weights of norms) do not decay.
+        saved: description of the saved run, by name.
+        wanted: description of this run, in the types that JSON returns.
+        what: "saved state" or "finished run", for the message.
 
     Raises:
-        ValueError: Every parameter is frozen.
+        ValueError: the runs differ.
     """
-    free = [p for p in model.parameters() if p.requires_grad]
-    if not free:
-        raise ValueError("nothing to train: every parameter is frozen: unfreeze some")
-    if decay_norms:
-        return [{"params": free, "weight_decay": weight_decay}]
-    kinds = {True: [p for p in free if p.ndim > 1], False: [p for p in free if p.ndim <= 1]}
-    return [
-        {"params": params, "weight_decay": weight_decay if decays else 0.0}
-        for decays, params in kinds.items()
-        if params
-    ]
-
-
-def refuse_other(saved: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
-    """Refuse what another run left, and name the first thing that differs.
-
-    Args:
-        saved: What the other run said of itself, by name.
-        wanted: What this run says, as JSON would return it.
-        what: "saved state" or "finished run".
-
-    What an earlier version did not know counts as it was then: no sizes between the scales.
-
-    Raises:
-        ValueError: They differ.
-    """
-    saved = _as_now(saved, wanted)
+    saved = _with_defaults(saved, wanted)
     for name in sorted({*saved, *wanted}):
         was, now = saved.get(name), wanted.get(name)
         if was == now:
             continue
         if isinstance(was, dict) and isinstance(now, dict):
-            part = next(k for k in sorted({*was, *now}) if was.get(k) != now.get(k))
-            name, was, now = f"{name}.{part}", was.get(part), now.get(part)
+            key = next(k for k in sorted({*was, *now}) if was.get(k) != now.get(k))
+            name, was, now = f"{name}.{key}", was.get(key), now.get(key)
         raise ValueError(
             f"{what} of another run: {name} was {_short(was)}, is {_short(now)}: run as before, or "
             "with overwrite (--overwrite) and without resume"
         )
 
 
-def _as_now(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """What an earlier version's run would say of itself, had it known today's choices.
+def _with_defaults(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The description of a run by an earlier version, completed by options that it did not have.
 
-    Those of a policy were then what its other fields say; where none is told at all, they are
-    taken for the network's own.
+    Missing fields of a policy get their defaults. A missing policy is taken from this run.
     """
     policy = saved.get("policy", wanted.get("policy"))
-    told = {"between": 0.0, **saved}
-    return told if policy is None else {**told, "policy": {**asdict(Policy()), **policy}}
+    completed = {"between": 0.0, **saved}  # earlier versions trained at the scales only
+    if policy is None:
+        return completed
+    return {**completed, "policy": {**asdict(Policy()), **policy}}
 
 
 def _short(value: Any) -> str:
+    """A value as text of at most 40 characters, without ": ", which separates error parts."""
     text = repr(value).replace(": ", "=")
     return text if len(text) <= 40 else text[:18] + "..." + text[-18:]

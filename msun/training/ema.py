@@ -1,4 +1,4 @@
-"""The running mean of a network's weights, which is often better than the last ones."""
+"""EMA: the exponential moving average of the weights of a network."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ __all__ = ["EMA"]
 
 
 class EMA:
-    """The exponential running mean of a network's parameters and buffers.
+    """The exponential moving average of the parameters and buffers of a network.
 
     Args:
-        model: The network; its tensors are updated in place by training.
-        decay: Of the mean; in step k, the smaller of it and (1 + k) / (10 + k).
+        model: the network; training must update its tensors in place.
+        decay: EMA decay per step, in [0, 1); in step k at most (1 + k) / (10 + k), so that the
+            initial weights do not dominate early steps.
+
+    Attributes:
+        values: averaged tensors by name.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -26,7 +30,11 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the network as it is after a step (counted from 0); counts are copied."""
+        """Update the average after a step; integer buffers are copied.
+
+        Args:
+            step: number of the step, from 0.
+        """
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         for name, value in self.values.items():
             if value.is_floating_point():
@@ -35,19 +43,23 @@ class EMA:
                 value.copy_(self._own[name])
 
     def load(self, values: Mapping[str, Tensor]) -> None:
-        """Go on from a saved mean."""
+        """Load saved values.
+
+        Args:
+            values: tensors by name, as in `values`.
+        """
         for name, value in self.values.items():
             value.copy_(values[name])
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Write the mean into the network."""
+        """Copy the average into the network."""
         for name, value in self.values.items():
             self._own[name].copy_(value)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The mean stands in the network meanwhile."""
+        """Use the average as the weights of the network while the context is open."""
         before = {name: value.clone() for name, value in self._own.items()}
         try:
             self.apply()

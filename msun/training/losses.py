@@ -1,4 +1,4 @@
-"""What is added to the cross-entropies: the scale-invariant constraint and distillation."""
+"""Losses besides the cross-entropies: the scale-invariant constraint and distillation."""
 
 from __future__ import annotations
 
@@ -21,25 +21,27 @@ CONSTRAINTS = ("none", "raw", "normalised", "cka")
 def constraint_pairs(
     zs: Mapping[int, Tensor], kind: str = "normalised", *, tau: float | None = None
 ) -> dict[tuple[int, int], Tensor]:
-    """How far the merged features of the same images are apart, scale by scale.
+    """Distance between the features of the same images at different scales, for each pair.
 
-    "raw" (Liu, Zhu, Liu 2024): the mean squared difference for every pair of scales,
-    with a gradient to both. "normalised": the largest scale teaches and gets no gradient; every
-    image's features are scaled to length 1, so that small features do not satisfy it; the squared
-    distance, 0 to 4, is the mean over images. "cka": 1 - unbiased CKA with the largest scale,
-    which gets no gradient; it ignores rotations, and needs four images.
+    - "raw" (Liu, Zhu, Liu 2024): the mean squared difference for every pair of scales, with a
+      gradient to both.
+    - "normalised": the squared distance, 0 to 4, to the largest scale, which gets no gradient;
+      mean over images. The features of each image are scaled to length 1, so that small features
+      do not reduce it.
+    - "cka": 1 - unbiased CKA with the largest scale, which gets no gradient. It is invariant to
+      rotations and needs four images.
 
     Args:
-        zs: {side in px: (n, c, h, w)}; of two grids the larger is resized, antialiased, to the
-            smaller.
-        kind: One of `CONSTRAINTS`.
-        tau: A part below it counts as 0; None is 0.01 for "raw", else 0.
+        zs: {side in px: features (n, c, h, w)}; the larger of two grids is resized to the smaller,
+            antialiased.
+        kind: one of `CONSTRAINTS`.
+        tau: threshold below which a part counts as 0; None for 0.01 with "raw", else 0.
 
     Returns:
         {(smaller, larger side): 0-d tensor}; empty for "none" and for one scale.
 
     Raises:
-        ValueError: An unknown kind, or features that do not pair.
+        ValueError: an unknown kind, or features of different shapes.
     """
     if kind not in CONSTRAINTS:
         raise ValueError(f"unknown constraint: {kind!r}: choose {', '.join(CONSTRAINTS)}")
@@ -54,7 +56,7 @@ def constraint_pairs(
     for pair in pairs:
         a, b = zs[pair[0]], zs[pair[1]]
         value = _PARTS[kind](*_on_one_grid(a, b if kind == "raw" else b.detach()))
-        # written so that nan stays nan: it must stop the run, not vanish
+        # nan < least is False, so nan stays nan and stops the run
         parts[pair] = torch.where(value < least, torch.zeros_like(value), value)
     return parts
 
@@ -62,21 +64,29 @@ def constraint_pairs(
 def constraint(
     zs: Mapping[int, Tensor], kind: str = "normalised", *, tau: float | None = None
 ) -> Tensor:
-    """The sum of `constraint_pairs`, 0-d; 0 where there are none."""
+    """The sum of `constraint_pairs` as a 0-d tensor; 0 without pairs.
+
+    Args:
+        zs: as for `constraint_pairs`.
+        kind: one of `CONSTRAINTS`.
+        tau: threshold below which a part counts as 0.
+    """
     parts = constraint_pairs(zs, kind, tau=tau).values()
     zero = next(iter(zs.values())).new_zeros((), dtype=torch.float32)
     return torch.stack([part.to(zero.dtype) for part in parts]).sum() if parts else zero
 
 
 def ensemble_distillation(logits: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Each scale learns from the mean of all (Wang et al. 2020, RS-Net, with equal weights).
+    """Distillation from the mean logits of all scales to each scale (Wang et al. 2020, RS-Net).
+
+    All scales have equal weights in the mean.
 
     Args:
-        logits: {side in px: (n, classes)}.
+        logits: {side in px: logits (n, classes)}.
 
     Returns:
-        {side: Kullback-Leibler divergence from the softmax of the mean logits, which get no
-        gradient, in nats, mean over images}; empty for one scale.
+        {side: Kullback-Leibler divergence from the softmax of the mean logits, in nats, mean over
+        images}; empty for one scale. The mean logits get no gradient.
     """
     if len(logits) < 2:
         return {}
@@ -89,7 +99,7 @@ def ensemble_distillation(logits: Mapping[int, Tensor]) -> dict[int, Tensor]:
 
 
 def _on_one_grid(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float32 or better, each axis of the larger grid shrunk to the smaller one."""
+    """Both in float32 or float64, each axis shrunk to the smaller of the two grids."""
     if a.ndim != 4 or b.ndim != 4 or a.shape[:2] != b.shape[:2]:
         shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
         raise ValueError(f"features do not pair: {shapes}: give (n, c, h, w) of the same images")

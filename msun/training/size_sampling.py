@@ -1,43 +1,45 @@
-"""Sizes between the scales in training: how often they are drawn, and what a step then costs."""
+"""Training with sizes between the scales: how often, from which ranges, and at what cost."""
 
 from __future__ import annotations
 
 import math
 
 from msun.network.model import MSUN
-from msun.network.policy import is_native, served
+from msun.network.policy import is_native, served_sides
 
-__all__ = ["ranges", "share", "step_macs"]
+__all__ = ["resolve_between", "side_ranges", "step_macs"]
 
-_USUAL = 0.5
+_DEFAULT = 0.5  # with 1, hardly any crop would be as sharp as an image of the scale itself
 
 
-def share(net: MSUN, asked: float | None = None) -> float:
-    """In what share of the steps a scale learns the sizes that it serves.
+def resolve_between(net: MSUN, between: float | None = None) -> float:
+    """Resolve `TrainConfig.between`: the share of steps with sizes between the scales.
 
     Args:
         net: the network.
-        asked: as in `TrainConfig.between`.
+        between: the option; None for the default.
 
     Returns:
-        What was asked; where nothing was, a half for networks that resize images between their
-        scales, and 0 for others.
+        The option; by default 0.5 for networks that resize images between their scales, else 0.
     """
-    if asked is not None:
-        return asked
-    return _USUAL if net.policy.inputs != "native" and len(net.scales) > 1 else 0.0
+    if between is not None:
+        return between
+    return _DEFAULT if net.policy.inputs != "native" and len(net.scales) > 1 else 0.0
 
 
-def ranges(net: MSUN) -> dict[int, tuple[int, int]]:
-    """The lowest and highest side that each scale learns where sizes between are drawn.
+def side_ranges(net: MSUN) -> dict[int, tuple[int, int]]:
+    """The range of sides from which training draws, for each scale.
 
-    Those that it serves. Where it gets them as they are and cannot take every one of them (a
-    network that wants multiples of 32), it learns its own side alone.
+    It is the range that is routed to the scale. If the subnet gets images without resizing and
+    cannot take every side (a network that needs multiples of 32), it is the scale alone.
 
     Args:
         net: the network.
+
+    Returns:
+        {scale: (lowest, highest side)} in pixels.
     """
-    found = served(net.scales, net.policy.routing)
+    found = served_sides(net.scales, net.policy.routing)
     for scale, (low, high) in found.items():
         native = is_native(net.policy, scale, net.reference)
         if native and not all(_takes(net, side, scale) for side in range(low, high + 1)):
@@ -46,6 +48,7 @@ def ranges(net: MSUN) -> dict[int, tuple[int, int]]:
 
 
 def _takes(net: MSUN, side: int, scale: int) -> bool:
+    """Whether the subnet of a scale takes images of a side."""
     try:
         net.plan(side, scale=scale)
     except ValueError:
@@ -53,17 +56,21 @@ def _takes(net: MSUN, side: int, scale: int) -> bool:
     return True
 
 
-def step_macs(net: MSUN, asked: float | None = None) -> float:
-    """Forward MACs of one image in one step of training, each scale once; expected, where drawn.
+def step_macs(net: MSUN, between: float | None = None) -> float:
+    """Expected forward MACs for one image in one training step, at all scales.
 
     Args:
         net: the network.
-        asked: as in `TrainConfig.between`.
+        between: the option `TrainConfig.between`; None for the default.
+
+    Returns:
+        Multiply-accumulates, the mean over drawn sides.
     """
-    often, total = share(net, asked), float(sum(net.macs(side) for side in net.scales))
-    for scale, (low, high) in (ranges(net) if often else {}).items():
+    often, total = resolve_between(net, between), float(sum(net.macs(side) for side in net.scales))
+    for scale, (low, high) in (side_ranges(net) if often else {}).items():
         if is_native(net.policy, scale, net.reference):
-            # a side is drawn uniform in the logarithm, rounded down (`msun.data.crops`)
+            # a side s is drawn uniform in the logarithm and rounded down (`msun.data.crops`), so it
+            # has the weight log((s + 1) / s)
             chance = [math.log((side + 1) / side) for side in range(low, high + 1)]
             costs = [net.plan(side, scale=scale).macs for side in range(low, high + 1)]
             drawn = sum(p * macs for p, macs in zip(chance, costs, strict=True)) / sum(chance)

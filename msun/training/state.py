@@ -1,7 +1,6 @@
-"""What a training run keeps on the disk: the state to go on from, the metrics, the options.
+"""The files of a training run: saved state, metrics, configuration, all written atomically.
 
-Every file is whole or absent. Nothing random is in the state: order, crops and dropout follow from
-(seed, epoch, step, image).
+The state has no random state: order, crops and dropout depend on (seed, epoch, step, image) only.
 """
 
 from __future__ import annotations
@@ -15,25 +14,25 @@ from typing import Any
 import torch
 
 from cka_probe.io import plain, replacing
-from msun.training.config import refuse_other
+from msun.training.config import check_same_run
 
 __all__ = ["CONFIG", "METRICS", "MODEL", "STATE", "load_state", "read_config", "read_metrics"]
 __all__ += ["save_state", "write_config", "write_metrics"]
 
 MODEL, STATE, METRICS, CONFIG = "model.pt", "state.pt", "metrics.csv", "config.json"
-_FORMAT = 1
+_FORMAT = 1  # of state.pt; a reader refuses newer formats
 
 
 def save_state(folder: Path, run: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Write the state of a run, atomically.
 
     Args:
-        folder: Of the run.
-        run: What names the run, as JSON would return it.
-        state: Tensors and plain types.
+        folder: folder of the run.
+        run: description of the run, in plain types.
+        state: tensors and plain types.
 
     Raises:
-        OSError: The folder cannot be written.
+        OSError: the folder cannot be written.
     """
     with replacing(folder / STATE) as temporary:
         torch.save({"format": _FORMAT, "run": json.dumps(run), **state}, temporary)
@@ -43,15 +42,15 @@ def load_state(folder: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
     """Read the saved state of a run; nothing in the file is executed.
 
     Args:
-        folder: Of the run.
-        run: What names the run.
+        folder: folder of the run.
+        run: description of the run; that of the saved run must be equal.
 
     Returns:
-        What was given to `save_state`, on the CPU; None where there is no state.
+        The `state` of `save_state`, on the CPU; None if there is none.
 
     Raises:
-        ValueError: It is damaged, of a newer format, or of another run; the message names what
-            differs.
+        ValueError: a damaged file, a newer format, or the state of another run; the message names
+            the difference.
     """
     path = folder / STATE
     if not path.exists():
@@ -66,19 +65,28 @@ def load_state(folder: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
         raise ValueError(f"saved state cut short or damaged: {text}") from error
     if form > _FORMAT:
         raise ValueError(f"saved state of a newer format: {form}: update msun")
-    refuse_other(saved, run, "saved state")
+    check_same_run(saved, run, "saved state")
     return state
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write all that repeats the run as config.json."""
+    """Write config.json.
+
+    Args:
+        folder: folder of the run.
+        config: all options and versions needed to repeat the run.
+    """
     with replacing(folder / CONFIG) as temporary:
         text = json.dumps(plain(dict(config)), indent=2, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json of a run; empty where there is none that can be read."""
+    """Read config.json; {} if it is missing or unreadable.
+
+    Args:
+        folder: folder of the run.
+    """
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -87,7 +95,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def write_metrics(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write metrics.csv, one row an epoch; the first row names the columns."""
+    """Write metrics.csv.
+
+    Args:
+        folder: folder of the run.
+        rows: one mapping per epoch; the keys of the first are the columns.
+    """
     with (
         replacing(folder / METRICS) as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
@@ -98,6 +111,13 @@ def write_metrics(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, str]]:
-    """Read metrics.csv: a mapping an epoch, as text."""
+    """Read metrics.csv.
+
+    Args:
+        folder: folder of the run.
+
+    Returns:
+        One mapping per epoch, values as text.
+    """
     with (folder / METRICS).open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))

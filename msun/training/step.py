@@ -1,4 +1,4 @@
-"""One step of training: losses at every scale, gradients over all shards, a move of the weights."""
+"""One training step: losses at every scale, gradients over all shards, update of the weights."""
 
 from __future__ import annotations
 
@@ -15,42 +15,50 @@ from torch import Tensor, nn
 from cka_probe.distributed.ranks import Ranks
 from cka_probe.rng import seeded
 from msun.network.model import MSUN
-from msun.training.config import TrainConfig, groups, rate
+from msun.training.config import TrainConfig
 from msun.training.ema import EMA
 from msun.training.losses import constraint_pairs, ensemble_distillation
+from msun.training.schedule import learning_rate, parameter_groups
 
 __all__ = ["DivergedError", "TrainingStep", "default_tau"]
 
-_MAX_SKIPPED = 25  # loss scaling starts at 2**16: more halvings in a row mend nothing
+# Loss scaling starts at 2**16 and halves after each skipped step; after 25 halvings in a row the
+# scale cannot be the cause.
+_MAX_SKIPPED = 25
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def default_tau(model: MSUN, kind: str) -> float | None:
-    """Below what a part of the constraint counts as 0 by the network's own recipe; None: usual."""
+    """The threshold of the constraint that the paper sets for this network; None for the default.
+
+    Args:
+        model: the network.
+        kind: kind of the constraint.
+    """
     return (model.spec or {}).get("tau") if kind == "raw" else None
 
 
 class DivergedError(ValueError):
-    """A loss or a gradient that is not finite; the weights are those before the step."""
+    """A loss, gradient or weight is not finite; a step leaves the weights unchanged."""
 
 
 class TrainingStep:
-    """A network, its optimiser and what else moves with every step.
+    """A network with its optimiser, loss scaler, EMA and sums of the losses.
 
     Args:
-        model: Trained in place, at all its scales.
-        config: The choices.
-        total: Steps of the whole run.
-        kind: The constraint.
-        rows: Outputs that stand for the classes; None is all.
-        shards: Parts of a batch, over all processes.
-        ranks: The processes.
-        device: Where.
+        model: the network; trained in place, at all its scales.
+        config: options of the run.
+        total: number of steps of the run.
+        kind: kind of the constraint.
+        rows: outputs that stand for the classes; None for all.
+        shards: number of parts of a batch, over all processes.
+        ranks: the processes of the run.
+        device: device of the network.
 
     Attributes:
-        step: The next step, counted from 0.
-        sums: {part of the loss: sum over the steps since `clear`}, and how many "steps".
-        average: The running mean of the weights, or None.
+        step: number of the next step, from 0.
+        sums: sums of each loss and its number of steps, since the last `pop_means`.
+        ema: the EMA of the weights, or None.
     """
 
     def __init__(
@@ -71,34 +79,34 @@ class TrainingStep:
         self.warmup = round(config.warmup * total)
         after = config.distill_after
         self.distill_from = self.warmup if after is None else round(after * total)
-        decayed = groups(model, config.weight_decay, decay_norms=config.decay_norms)
+        decayed = parameter_groups(model, config.weight_decay, decay_norms=config.decay_norms)
         self.params: list[nn.Parameter] = [p for group in decayed for p in group["params"]]
         self.optimiser = torch.optim.SGD(decayed, lr=config.lr, momentum=config.momentum)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-        self.average = None if config.ema is None else EMA(model, config.ema)
+        self.ema = None if config.ema is None else EMA(model, config.ema)
         self.step, self.skipped = 0, 0
         self.sums: dict[str, float] = defaultdict(float)
 
     @property
     def lr(self) -> float:
         """The learning rate of the last step."""
-        return rate(max(0, self.step - 1), self.total, self.warmup, self.config.lr)
+        return learning_rate(max(0, self.step - 1), self.total, self.warmup, self.config.lr)
 
     def run(self, images: Mapping[int, Tensor], labels: Tensor) -> float:
         """Make one step.
 
         Args:
             images: {scale: (b, c, side, side)}, this process's part of the batch; the side is
-                the scale, or one between the scales (see `msun.data.crops`).
-            labels: (b,).
+                the scale, or another side that is routed to it (see `msun.data.crops`).
+            labels: classes (b,).
 
         Returns:
             The loss, mean over all shards.
 
         Raises:
-            DivergedError: Something is not finite.
+            DivergedError: a loss or the gradient is not finite.
         """
-        lr = rate(self.step, self.total, self.warmup, self.config.lr)
+        lr = learning_rate(self.step, self.total, self.warmup, self.config.lr)
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         self.optimiser.zero_grad()
@@ -113,25 +121,25 @@ class TrainingStep:
             nn.utils.clip_grads_with_norm_(self.params, self.config.clip, norm)
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        if self.average is not None:
-            self.average.update(self.step)
+        if self.ema is not None:
+            self.ema.update(self.step)
         self.step += 1
         return float(losses["loss"])
 
     def _backward(self, images: Mapping[int, Tensor], labels: Tensor) -> tuple[list[str], Tensor]:
-        """Gradients of the mean over all shards, as far as this process has them.
+        """Add up the gradients of this process's shards, and return the names and means of losses.
 
-        Batch norm sees each shard alone. Its running statistics are those of the first, as where
-        each shard is a process and rank 0 writes.
+        Batch norm normalises each shard separately. Its running statistics are those of the first
+        shard, so that the result does not depend on the number of processes.
         """
         own = self.shards // self.ranks.size
-        cut = {side: x.to(self.device).chunk(own) for side, x in images.items()}
-        told = labels.to(self.device).chunk(own)
+        shards = {side: x.to(self.device).chunk(own) for side, x in images.items()}
+        classes = labels.to(self.device).chunk(own)
         total: Tensor | None = None
         first: list[Tensor] = []
         for k in range(own):
             with seeded(self.config.seed, self.step, self.ranks.rank * own + k, device=self.device):
-                losses = self._losses({side: x[k] for side, x in cut.items()}, told[k])
+                losses = self._losses({side: x[k] for side, x in shards.items()}, classes[k])
                 self.scaler.scale(losses["loss"] / self.shards).backward()  # type: ignore[no-untyped-call]
             values = torch.stack([x.detach().float() for x in losses.values()]) / self.shards
             total = values if total is None else total + values
@@ -143,14 +151,14 @@ class TrainingStep:
         return list(losses), total
 
     def _losses(self, images: Mapping[int, Tensor], labels: Tensor) -> dict[str, Tensor]:
-        """Every part of the loss of one shard, and first the whole as "loss"."""
+        """The total loss of one shard as "loss", and its parts by name."""
         config, dtype = self.config, _DTYPES.get(self.config.amp or "")
         zs: dict[int, Tensor] = {}
         logits: dict[int, Tensor] = {}
         with torch.autocast(self.device.type, dtype) if dtype else nullcontext():
             for side, x in images.items():
                 out, z = self.model.step(x, side)
-                zs[side] = z.movedim(self.model.axes, (2, 3))  # channels-last maps as the others
+                zs[side] = z.movedim(self.model.axes, (2, 3))  # channels-last maps to (n, c, h, w)
                 logits[side] = (out if self.rows is None else out[:, self.rows]).float()
         smooth = config.label_smoothing
         parts = {
@@ -168,10 +176,10 @@ class TrainingStep:
         return {"loss": loss, **parts}
 
     def _check(self, losses: Mapping[str, float], norm: float) -> None:
-        """Add up finite losses; fp16 may skip some steps, anything else that is not finite stops.
+        """Add finite losses to the sums; raise for others, unless fp16 skips the step.
 
         Raises:
-            DivergedError: It names the step and what is not finite.
+            DivergedError: the step and the losses that are not finite.
         """
         bad = [f"{name} {x}" for name, x in losses.items() if not math.isfinite(x)]
         bad += [] if math.isfinite(norm) else [f"norm of the gradient {norm}"]
@@ -181,26 +189,26 @@ class TrainingStep:
                 self.sums[name] += x
                 self.sums[f"steps {name}"] += 1
             return
-        self.skipped += 1  # the scaler takes no such step, and halves its scale
+        self.skipped += 1  # the scaler skips such a step, and halves its scale
         if self.config.amp != "fp16" or self.skipped > _MAX_SKIPPED:
             rest = [text for text in bad if not text.startswith("loss")] or bad
             raise DivergedError(f"training diverged: step {self.step}, {', '.join(rest)}")
 
-    def clear(self) -> dict[str, float]:
-        """The mean of each part of the loss since the last call."""
+    def pop_means(self) -> dict[str, float]:
+        """The mean of each loss since the last call, by name; resets the sums."""
         names = [name for name in self.sums if not name.startswith("steps ")]
         means = {name: self.sums[name] / self.sums[f"steps {name}"] for name in names}
         self.sums.clear()
         return means
 
     def state(self) -> dict[str, Any]:
-        """All that a step depends on, as tensors and plain types.
+        """The state of model, optimiser, scaler and EMA, as tensors and plain types.
 
         Raises:
-            DivergedError: Weights or statistics are not finite, so no state to go on from.
+            DivergedError: weights or statistics are not finite.
         """
         for name, x in self.model.state_dict().items():
-            # -inf is what some networks keep in an attention mask; nan and inf are divergence
+            # some networks have -inf in an attention mask; nan and inf mean divergence
             if x.is_floating_point() and not bool((x.isfinite() | (x == -math.inf)).all()):
                 raise DivergedError(f"training diverged: step {self.step}, {name} is not finite")
         return {
@@ -210,15 +218,20 @@ class TrainingStep:
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "average": None if self.average is None else self.average.values,
+            # "average": the key in states of earlier versions
+            "average": None if self.ema is None else self.ema.values,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Load a result of `state`.
+
+        Args:
+            state: the saved state.
+        """
         self.step, self.skipped = state["step"], state["skipped"]
         self.sums = defaultdict(float, state["sums"])
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.scaler.load_state_dict(state["scaler"])
-        if self.average is not None:
-            self.average.load(state["average"])
+        if self.ema is not None:
+            self.ema.load(state["average"])

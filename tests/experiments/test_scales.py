@@ -34,7 +34,7 @@ def test_a_killed_run_goes_on_and_everything_is_drawn_from_the_tables(tmp_path, 
     for arm in ("lean", "lean+small", "single"):
         whole.execute(short(arm))
 
-    killed, descend = bench(tmp_path / "killed"), TrainingStep.descend
+    killed, descend = bench(tmp_path / "killed"), TrainingStep.run
 
     def until_the_second_epoch(self, *args):
         if self.step == 5:
@@ -110,14 +110,14 @@ def test_macs_of_a_step_on_drawn_sizes_are_those_of_the_draws():
     from experiments.scales.tasks import TASKS
     from msun.data.crops import Augment, Crops
     from msun.data.labelled import open_labelled
-    from msun.network.policy import is_native, served
+    from msun.network.policy import is_native, served_sides
     from msun.training.size_sampling import step_macs
 
     data = open_labelled((torch.rand(2000, 1, 8, 8), torch.zeros(2000, dtype=torch.int64)))
     whole = Augment(area=(1, 1), ratio=(1, 1), flip=False)
     for name in ("lean+small", "lean+native", "d3+small", "lean+between"):
         net = made(ARMS[name], TASKS["glyphs"], "residual", at="layer1", seed=0)
-        ranges = tuple(served(net.scales, net.policy.routing).values())
+        ranges = tuple(served_sides(net.scales, net.policy.routing).values())
         native = tuple(s for s in net.scales if is_native(net.policy, s, net.reference))
         crops = Crops(data, net.scales, whole, None, None, 0, ranges, 0.5, native)
         drawn = [

@@ -44,7 +44,7 @@ UNCUT = {
     ),
     "timm:gemma4_vit_167m": (
         "tokens throughout: a linear layer on patches is the first",
-        "no module puts out a 4-D map",
+        "no module returns a 4-D map",
     ),
     "timm:naflexvit_base_patch16_parfac_gap": (
         "tokens throughout: a linear layer on patches is the first",

@@ -66,7 +66,7 @@ def test_from_a_report(capsys, home, tmp_path):
     assert (told["view"], told["reference"]) == ("8", "24")
     assert told["why"] in out
     assert told["layer"] in out.splitlines()[1]
-    assert "Not probed and so not in question: 4." in out
+    assert "Not probed, so not considered: 4." in out
     rows = {row["layer"]: row for row in told["ranking"]}
     assert rows["1"]["parameters"] == 112
     assert rows["1"]["gmacs_16"] == pytest.approx(27 * 4 * 14 * 14 / 1e9)
@@ -84,7 +84,7 @@ def test_rule_view_and_numbers_reach_it_and_nothing_is_written_unasked(capsys, h
     report = Report.load(home / "report.npz")
     assert f"{report.against()['16']['2']:.3f}" in out
     wide = run(capsys, *words, "--rule", "recovery", "--delta", "1")
-    assert "less 1" in wide
+    assert "minus 1" in wide
     every = run(capsys, *words, "--growth", "9")
     said = "The deepest valid cut after which subnets add less than 900 % of the features'"
     assert said in every

@@ -157,10 +157,10 @@ def test_a_file_that_is_no_image_is_told_with_a_way_out_that_there_is(capsys, wo
 @pytest.mark.parametrize(
     ("more", "text"),
     [
-        (["--rows", "0,1"], "bad rows: 2 rows of 3 outputs for 3 classes: "),
+        (["--rows", "0,1"], "rows do not fit the classes: 2 rows for 3 classes of "),
         (["--rows", "a,b"], "no list of whole numbers for --rows: 'a,b': "),
         (["--model-arg", "classes=5"],
-         "classifier does not fit the data: 5 outputs for the 3 classes of 'train': "),
+         "outputs do not fit the classes: 5 outputs for 3 classes of 'train': "),
         (["--growth", "0"], "growth out of range: 0.0: "),
         (["--flip", "maybe"], "bad --flip: 'maybe': "),
         (["--crop-area", "1,x"], "no list of numbers for --crop-area: '1,x': "),

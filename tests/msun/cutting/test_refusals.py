@@ -43,8 +43,11 @@ def refusal(call, *args, error=ValueError):
         ("stage.0", "unknown module: 'stage.0': did you mean 'stages.0', 'stages.1', "),
         ("qqq", "unknown module: 'qqq': the network has 'stem', 'stages', 'never', 'fc'"),
         ("stages.0", "'stages.0', later steps also need the output of 'stem.1': cut after 'stem'"),
-        ("stages", "'stages', it is not run in eval mode, or puts out no tensor: cut after"),
-        ("never", "'never', it is not run in eval mode"),
+        (
+            "stages",
+            "'stages', it does not run in eval mode, or returns no tensor: cut after",
+        ),
+        ("never", "'never', it does not run in eval mode"),
         ("fc", r"'fc', its output for 2 images has the shape (2, 2), not (n, c, h, w): cut after"),
     ],
 )
@@ -65,7 +68,7 @@ def test_nothing_left_for_the_tail():
 def test_nothing_before_the_cut():
     model = nn.Sequential(nn.Identity(), nn.Dropout(), nn.Conv2d(3, 4, 3), nn.Flatten())
     assert msun.cut_points(model, noise()) == ["2"]
-    assert "hands on the input" in refusal(msun.cut, model, "0", noise())
+    assert "returns the input unchanged" in refusal(msun.cut, model, "0", noise())
 
 
 def test_a_parameter_on_both_sides():
@@ -101,7 +104,7 @@ def test_two_branches_all_the_way():
     assert "also need the input" in text
     assert ": this network has no valid cut" in refusal(msun.cut, Branches(), "a", noise())
     tokens = nn.Sequential(nn.Flatten(), nn.Linear(243, 2))
-    assert "no module puts out a 4-D map" in refusal(msun.cut_points, tokens, noise())
+    assert "no module returns a 4-D map" in refusal(msun.cut_points, tokens, noise())
 
 
 def test_an_output_without_the_image_in_it():
@@ -229,7 +232,7 @@ def test_networks_that_cannot_be_recorded():
 
     model = Root()
     before = [vars(m).copy() for m in model.modules()]
-    assert "torch.fx cannot follow this network: Root, symbolically traced" in refusal(
+    assert "torch.fx cannot trace this network: Root, symbolically traced" in refusal(
         msun.cut_points, model, noise()
     )
     assert [vars(m) for m in model.modules()] == before
@@ -250,4 +253,4 @@ def test_the_last_module_inside_one_that_is_kept_whole():
     with torch.no_grad():
         assert torch.equal(head(x), model.bn1(model.conv_stem(x)))
         assert torch.equal(tail(head(x)), model(x))
-    assert "'bn1.drop', it is not run" in refusal(msun.cut, model, "bn1.drop", x)
+    assert "'bn1.drop', it does not run" in refusal(msun.cut, model, "bn1.drop", x)

@@ -14,7 +14,7 @@ from cka_probe.models.load import LoadedModel
 from cka_probe.probing.api import probe
 from msun import Predictions, build, compare, evaluate
 from msun.data.labelled import open_labelled
-from msun.evaluation.classes import feeding
+from msun.evaluation.inputs import resolve_feed
 from msun.metrics import drawn_sides, wilson_interval
 
 
@@ -64,7 +64,7 @@ def test_a_loaded_models_mean_and_std_count(photos, tmp_path):
 def test_any_feed(photos):
     frame = evaluate(Tiny(), photos, [8, 10, 16], feed=lambda side: min(16, 2 * side), **QUIET)
     assert frame["fed_px"].tolist() == [16, 16, 16]
-    assert feeding(np.int64, 16)(8) == 8  # whole numbers of NumPy, too
+    assert resolve_feed(np.int64, 16)(8) == 8  # whole numbers of NumPy, too
     with pytest.raises(ValueError, match=r"bad feed: 4\.0 for 8 px: "):
         evaluate(Tiny(), photos, [8], feed=lambda side: side / 2, **QUIET)
     with pytest.raises(ValueError, match="unknown feed: 'up': "):

@@ -242,7 +242,7 @@ def test_faults_are_named(tmp_path):
     with pytest.raises(ImageError, match=r"a/x\.png"):
         calibrate(net, tmp_path, [12], **QUIET)
     assert net.calibrated == ()
-    assert all(norm.gathered is None for norm in net.modules() if isinstance(norm, SizedNorm))
+    assert all(norm.moments is None for norm in net.modules() if isinstance(norm, SizedNorm))
 
 
 def test_random_numbers_go_on_as_before():

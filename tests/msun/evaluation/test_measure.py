@@ -11,11 +11,10 @@ from measured import QUIET, Tiny, photographs, tensors
 from torch import nn
 from torch.utils.data import Dataset
 
-from cka_probe.engine import batch_gram as estimators
 from cka_probe.inputs.batches import ImageError
 from msun import build, evaluate
 from msun.data.labelled import open_labelled
-from msun.evaluation.measure import Measured
+from msun.evaluation.measure import EvalNetwork
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +136,7 @@ def test_faults_are_named(tmp_path):
 def test_features_that_are_not_finite(asked_late, monkeypatch):
     """An accelerator is asked once a batch, and told of as the CPU is."""
     if asked_late:
-        monkeypatch.setattr(estimators, "on_accelerator", lambda x: True)
+        monkeypatch.setattr("cka_probe.engine.batch_gram.on_accelerator", lambda x: True)
 
     class Hidden(Tiny):
         def forward(self, x):
@@ -177,7 +176,7 @@ def test_latency_is_measured():
         assert (frame[name] >= 20).all()
         assert frame[name].nunique() == 1, "what is fed for several sizes is timed once"
     assert {shape for shape in net.seen if shape[0] == 64} == {(64, 3, 16, 16)}
-    with Measured(net) as own:
+    with EvalNetwork(net) as own:
         assert own.latency_ms((1, 3, 8, 8)) >= 20
     quiet = evaluate(net, tensors(8), [8], **QUIET)
     assert quiet[["latency_ms_1", "latency_ms_64"]].isna().all(axis=None)
@@ -196,6 +195,6 @@ def test_a_device_that_is_not_there():
 def test_features_are_a_copy():
     """A later in-place layer does not reach what was taken."""
     net = Tiny()
-    with Measured(net, at="bn1") as own:
+    with EvalNetwork(net, at="bn1") as own:
         _, features = own(torch.randn(2, 3, 8, 8), 8)
     assert (features < 0).any()

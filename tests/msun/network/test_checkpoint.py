@@ -175,8 +175,8 @@ def test_other_files_are_refused(tmp_path):
         ({"weight": torch.zeros(2)}, "^no checkpoint of a multi-scale network: .*other.pt: "),
         ([1, 2], "^no checkpoint of a multi-scale network: "),
         ({"kind": "msun", "format": 99}, "^checkpoint of a newer format: "),
-        ({"kind": "msun", "format": 1}, "^checkpoint lacks a part: "),
-        ({"kind": "msun", "format": 1, "network": {}, "state": {}}, "^checkpoint lacks a part: "),
+        ({"kind": "msun", "format": 1}, "^checkpoint is incomplete: "),
+        ({"kind": "msun", "format": 1, "network": {}, "state": {}}, "^checkpoint is incomplete: "),
     ):
         torch.save(content, path)
         with pytest.raises(ValueError, match=text):

@@ -41,9 +41,9 @@ def test_subnets_cost_what_build_makes(preset):
     for at in ("stem", "layer1.0", "layer2", "layer3.0"):
         net = msun.build(model, at, scales, preset=preset)
         for side in scales:
-            seen = ShapeProbe(net.subnet(side)).see((1, 3, side, side))
+            seen = ShapeProbe(net.subnet(side)).run((1, 3, side, side))
             assert table[f"gmacs_{side}"][at] * 1e9 == pytest.approx(seen.macs, rel=1e-12)
-    plain = {at: ShapeProbe(msun.cut(model, at)[0]).see((1, 3, 16, 16)).macs for at in table.index}
+    plain = {at: ShapeProbe(msun.cut(model, at)[0]).run((1, 3, 16, 16)).macs for at in table.index}
     more = [table["gmacs_16"][at] * 1e9 > 1.5 * macs for at, macs in plain.items()]
     assert any(more), "no stride was taken out"
 

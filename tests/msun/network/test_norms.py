@@ -135,7 +135,7 @@ def test_modes_and_old_statistics_survive_a_failure():
         recalibrate(net, [], (13, 13))
     assert [m.training for m in net.modules()] == modes
     assert all(torch.equal(x, before[key]) for key, x in net.state_dict().items())
-    assert not any(norm.gathered for norm in sized_norms(net))
+    assert not any(norm.moments for norm in sized_norms(net))
 
 
 def test_recalibrating_leaves_the_trained_statistics_alone():

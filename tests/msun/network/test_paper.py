@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 import msun
-from msun.network.paper import paper_recipe, paper_subnet
+from msun.network.paper import paper_design, paper_subnet
 from msun.network.shape_probe import parameter_count
 
 SCALES = (32, 128, 224)
@@ -98,29 +98,29 @@ def test_elsewhere_it_says_why_they_are_not_hand_made(name, at, scales, choices,
 
 def test_a_changed_backbone_is_not_taken_for_the_papers():
     net = stock("resnet50")
-    assert paper_recipe(net, ("layer1",), SCALES)[0] is not None
+    assert paper_design(net, ("layer1",), SCALES)[0] is not None
     net.fc = nn.Linear(2048, 10)  # other classes are no change
-    assert paper_recipe(net, ("layer1",), SCALES)[0] is not None
+    assert paper_design(net, ("layer1",), SCALES)[0] is not None
     net.layer4[2].conv2.stride = (2, 2)
-    assert paper_recipe(net, ("layer1",), SCALES)[0] is None
-    assert paper_recipe(stock("resnet101"), ("layer1",), SCALES)[0] is None
+    assert paper_design(net, ("layer1",), SCALES)[0] is None
+    assert paper_design(stock("resnet101"), ("layer1",), SCALES)[0] is None
 
 
 def test_small_kernels_come_from_the_old_one():
     torch.manual_seed(0)
     net = torchvision.models.resnet50(weights=None).eval()
     head, _ = msun.cut(net, "layer1", torch.randn(2, 3, 64, 64))
-    recipe = paper_recipe(net, ("layer1",), SCALES)[0]
+    design = paper_design(net, ("layer1",), SCALES)[0]
     weight = net.conv1.weight
     for resample in (False, True):
-        small = paper_subnet(recipe, head, 32, resample=resample)
+        small = paper_subnet(design, head, 32, resample=resample)
         kernel = small.conv1.weight
         assert kernel.shape == (64, 3, 3, 3)
         assert torch.equal(kernel, weight[..., 2:5, 2:5]) is not resample
         assert isinstance(small.maxpool, nn.Identity)
         assert small(torch.randn(1, 3, 32, 32)).shape == (1, 256, 34, 34)
     assert isinstance(head.maxpool, nn.MaxPool2d)
-    assert paper_subnet(recipe, head, 224, resample=False).conv1 is head.conv1
+    assert paper_subnet(design, head, 224, resample=False).conv1 is head.conv1
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ from msun.network.policy import (
     POLICIES,
     Policy,
     check_scales,
-    fed,
+    fed_size,
     is_native,
     merge_grid,
     policy_of,
     route,
-    served,
+    served_sides,
 )
 
 PAPER = (32, 128, 224)
@@ -47,11 +47,11 @@ def test_ties_go_to_the_larger():
 
 
 def test_what_each_scale_serves():
-    assert served((8, 32, 56), "nearest") == {8: (8, 15), 32: (16, 42), 56: (43, 56)}
-    assert served((8, 32, 56), "ceil") == {8: (8, 8), 32: (9, 32), 56: (33, 56)}
-    assert served((8, 32, 56), "up") == {8: (8, 8), 32: (9, 42), 56: (43, 56)}
+    assert served_sides((8, 32, 56), "nearest") == {8: (8, 15), 32: (16, 42), 56: (43, 56)}
+    assert served_sides((8, 32, 56), "ceil") == {8: (8, 8), 32: (9, 32), 56: (33, 56)}
+    assert served_sides((8, 32, 56), "up") == {8: (8, 8), 32: (9, 42), 56: (43, 56)}
     for routing in ("ceil", "up"):
-        assert served((64,), routing) == {64: (64, 64)}
+        assert served_sides((64,), routing) == {64: (64, 64)}
     assert [route((32, 128, 224), s, s, "up") for s in (32, 33, 128, 169, 170, 400)] == [
         32, 128, 128, 128, 224, 224,
     ]  # fmt: skip
@@ -101,7 +101,7 @@ def test_what_a_subnet_gets():
     }.items():
         how = Policy(inputs=inputs)
         sizes = [(20, 20, 32), (50, 50, 64), (20, 45, 32)]
-        assert [fed(how, h, w, scale, 64) for h, w, scale in sizes] == got
+        assert [fed_size(how, h, w, scale, 64) for h, w, scale in sizes] == got
         assert [is_native(how, scale, 64) for scale in (32, 64)] == [
             inputs == "native", inputs != "scale",
         ]  # fmt: skip

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 import msun
 from msun.network.functional_layers import Convolve, with_functional_modules
 from msun.network.kernel_resize import centred, resample_first, resampled
-from msun.network.shallow_copy import copy_path, put, shallow_part
+from msun.network.shallow_copy import copy_path, replace_module, shallow_part
 from msun.network.shape_probe import ShapeProbe
-from msun.network.stride_removal import look, remove_strides, steps, with_stride
+from msun.network.stride_removal import remove_strides, steps, trace_strides, with_stride
 
 SIDE = 64
 
@@ -59,7 +59,7 @@ def stem():
 
 def test_a_step_is_all_that_reduces_one_grid():
     head = head_of(*stem())
-    leaves = look(head, ShapeProbe(head, (1, 3, SIDE, SIDE)), (1, 3, SIDE, SIDE))
+    leaves = trace_strides(head, ShapeProbe(head, (1, 3, SIDE, SIDE)), (1, 3, SIDE, SIDE))
     found = [(step.jump, step.stride, set(step.paths)) for step in steps(leaves)]
     assert found == [
         (1, 2, {"0.0"}),
@@ -225,7 +225,7 @@ def test_an_image_that_no_surgery_helps():
         taken(head, 4, 16)
 
 
-def test_a_twin_shares_parameters_for_good_and_keeps_its_own_strides():
+def test_a_shallow_copy_shares_parameters_and_keeps_its_own_strides():
     head = head_of(*stem())
     other = taken(head, 16, 16).head
     assert {id(p) for p in other.parameters()} == {id(p) for p in head.parameters()}
@@ -240,10 +240,10 @@ def test_a_twin_shares_parameters_for_good_and_keeps_its_own_strides():
     assert other(noise(1, 16)).abs().max() > 0
 
 
-def test_putting_into_a_twin_leaves_the_head_alone():
+def test_replacing_a_module_in_a_shallow_copy_leaves_the_head_alone():
     head = head_of(*stem())
     made = shallow_part(head)
-    put(made, "0.2.conv", nn.Identity())
+    replace_module(made, "0.2.conv", nn.Identity())
     assert isinstance(head.get_submodule("0.2.conv"), nn.Conv2d)
     copy_path(made, "0.0").stride = (9, 9)
     assert head.get_submodule("0.0").stride == (2, 2)

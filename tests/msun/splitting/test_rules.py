@@ -230,7 +230,7 @@ def test_no_valid_cut_after_the_dip():
 def test_no_cut_that_comes_back_is_unclear_and_the_nearest_is_named():
     choice = suggest_split(report(RESTORED, 0.002), ["features.1", "features.12", "features.18"])
     assert choice.layer == "features.12"
-    assert "no cut after the dip comes back to 0.815" in choice.doubts
+    assert "no cut after the dip recovers to 0.815" in choice.doubts
     assert not choice.clear
 
 

@@ -36,7 +36,7 @@ def test_a_cut_is_known_by_all_its_names():
     # by one name only, what was probed under another is not known to be the cut
     named = suggest_split(r, [cut.name for cut in cuts])
     assert named.unprobed == ("layer1", "layer2")
-    assert "Not probed and so not in question: layer1, layer2." in named.why
+    assert "Not probed, so not considered: layer1, layer2." in named.why
 
 
 def test_a_cut_probed_twice_is_one_point():
@@ -69,8 +69,8 @@ def test_a_cut_without_a_value_is_named_and_not_chosen():
     choice = suggest_split(report(values, 0.002), names(19))
     assert choice.layer == "features.5"
     assert "features.4" not in choice.unprobed
-    assert "Without a value in both views: features.4." in choice.cautions
-    with pytest.raises(ValueError, match=r"^no value to go by: "):
+    assert "Without a CKA value: features.4." in choice.cautions
+    with pytest.raises(ValueError, match=r"^no CKA value: "):
         suggest_split(report([np.nan, np.nan]), names(2))
 
 
@@ -120,8 +120,8 @@ def test_a_callable_is_a_rule():
 
     choice = suggest_split(report(RESTORED), names(19)[3:], rule=shallow)
     assert (choice.layer, choice.runner_up, choice.rule) == ("features.3", "features.4", "shallow")
-    assert choice.doubts == ("scores of shallow come without standard errors",)
-    assert "without standard errors that says nothing" in choice.rivalry
+    assert choice.doubts == ("scores of shallow have no standard errors",)
+    assert "without standard errors, the difference may be chance" in choice.rivalry
     picky = suggest_split(report(RESTORED), names(19), rule=lambda c: [np.nan] * 19)
     assert (picky.layer, picky.clear) == (None, False)
     given = Verdict((7, 5), np.arange(19.0), np.ones(19), "because")
@@ -142,7 +142,7 @@ def test_a_callable_is_a_rule():
         (
             lambda c: Verdict((0,), np.zeros(19), np.zeros(19), ""),
             ValueError,
-            r"chose what is no cut: \{0\}: take curve.cuts$",
+            r"chose what is no cut: \{0\}: choose from curve.cuts$",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Training that diverges, and options that are refused: named, with the way out."""
+"""Training that diverges, and options that are refused: named, with a hint."""
 
 import csv
 import math
@@ -27,9 +27,9 @@ class Broken:
     def __init__(self, monkeypatch, steps, value=float("nan")):
         whole = TrainingStep._losses
 
-        def spoilt(descent, looks, labels):
-            losses = whole(descent, looks, labels)
-            if descent.step in steps:
+        def spoilt(training, images, labels):
+            losses = whole(training, images, labels)
+            if training.step in steps:
                 losses = {k: x * value if k in ("loss", "ce_8") else x for k, x in losses.items()}
             return losses
 
@@ -138,13 +138,13 @@ def test_fp16_skips_single_steps_and_gives_up_on_many(tmp_path, monkeypatch):
     ("changes", "text"),
     [
         ({"data": images(48, classes=5)},
-         r"classifier does not fit the data: 4 outputs for the 5 classes of 'tensor 48x3x16x16': "),
-        ({"rows": [0, 1]}, "bad rows: 2 rows of 4 outputs for 4 classes: "),
-        ({"rows": [0, 1, 2, 4]}, "bad rows: 4 rows of 4 outputs"),
-        ({"rows": [0, 1, 2, 2]}, "bad rows: "),
-        ({"rows": [0, 1, 2, -1]}, "bad rows: "),
+         r"outputs do not fit the classes: 4 outputs for 5 classes of 'tensor 48x3x16x16': "),
+        ({"rows": [0, 1]}, "rows do not fit the classes: 2 rows for 4 classes of "),
+        ({"rows": [0, 1, 2, 4]}, "no such output: row 4: give 0 to 3"),
+        ({"rows": [0, 1, 2, 2]}, "rows do not fit the classes: 4 rows for 4 classes of "),
+        ({"rows": [0, 1, 2, -1]}, "no such output: row -1: "),
         ({"batch_size": 64}, "too few training images: 40 of 48, for batches of 64: "),
-        ({"shards": 3}, "batch cannot be shared out: 8 images, 3 shards, 1 processes: "),
+        ({"shards": 3}, "batch cannot be divided: 8 images, 3 shards, 1 processes: "),
         ({"augment": "much"}, "unknown augmentation: 'much': "),
     ],
 )  # fmt: skip

@@ -27,7 +27,7 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {here!r})
 from msun.network import checkpoint
-from msun.training import step as descent
+from msun.training import step as training_step
 from msun.training import state as train_state
 import training
 
@@ -57,7 +57,7 @@ def after(owner, name, count, *, before=False, half=False):
 
 
 PLACES = {{
-    "step": (descent.TrainingStep, "run"),
+    "step": (training_step.TrainingStep, "run"),
     "save": (train_state, "save_state"),
     "metrics": (train_state, "write_metrics"),
     "config": (train_state, "write_config"),

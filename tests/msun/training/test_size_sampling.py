@@ -14,8 +14,8 @@ from cka_probe.inputs.views import resize
 from cka_probe.models.embedded import glyphnet
 from msun.data.crops import Augment, Crops
 from msun.data.labelled import open_labelled
-from msun.network.policy import is_native, served
-from msun.training.size_sampling import ranges, share, step_macs
+from msun.network.policy import is_native, served_sides
+from msun.training.size_sampling import resolve_between, side_ranges, step_macs
 
 SCALES = (16, 32, 64)
 
@@ -26,11 +26,11 @@ def net(inputs, scales=SCALES):
 
 def test_half_where_images_are_resized_and_none_elsewhere():
     for inputs, usual in (("small", 0.5), ("scale", 0.5), ("native", 0.0)):
-        assert share(net(inputs)) == usual
-        assert share(net(inputs), 0.0) == 0.0
-        assert share(net(inputs), 1.0) == 1.0
-    assert share(net("small", (64,))) == 0.0
-    assert share(msun.build(glyphnet(), "layer1", SCALES, preset="paper")) == 0.0
+        assert resolve_between(net(inputs)) == usual
+        assert resolve_between(net(inputs), 0.0) == 0.0
+        assert resolve_between(net(inputs), 1.0) == 1.0
+    assert resolve_between(net("small", (64,))) == 0.0
+    assert resolve_between(msun.build(glyphnet(), "layer1", SCALES, preset="paper")) == 0.0
 
 
 @pytest.mark.parametrize("inputs", ["native", "small", "scale"])
@@ -40,7 +40,7 @@ def test_macs_of_a_step_are_those_of_the_sizes_drawn(inputs, often):
     data = open_labelled((torch.rand(3000, 3, 4, 4), torch.zeros(3000, dtype=torch.int64)))
     native = tuple(s for s in SCALES if is_native(own.policy, s, own.reference))
     whole = Augment(area=(1, 1), ratio=(1, 1), flip=False)
-    ranges = tuple(served(SCALES, own.policy.routing).values())
+    ranges = tuple(served_sides(SCALES, own.policy.routing).values())
     crops = Crops(data, SCALES, whole, None, None, 0, ranges, often, native)
     costs = {}
 
@@ -73,7 +73,7 @@ def test_each_scale_also_learns_the_sizes_that_it_serves(tmp_path, monkeypatch):
     half, _ = run(tmp_path / "half", epochs=3)
     other, _ = run(tmp_path / "other", epochs=3, between=1.0)
     run(tmp_path / "paper", preset="paper", max_steps=2)
-    ranges = tuple(served(TWO, plain.policy.routing).values())
+    ranges = tuple(served_sides(TWO, plain.policy.routing).values())
     assert [args[6:] for args in seen if args[2] is not None] == [
         ((), 0.0, TWO[-1:]), (ranges, 0.5, TWO[-1:]), (ranges, 1.0, TWO[-1:]),
         ((), 0.0, TWO),
@@ -89,14 +89,16 @@ def test_images_without_crops_are_shrunk_as_well(often):
     own = net("small")
     data = open_labelled((torch.rand(60, 3, 64, 80), torch.zeros(60, dtype=torch.int64)))
     native = tuple(s for s in SCALES if is_native(own.policy, s, own.reference))
-    crops = Crops(data, SCALES, None, None, None, 0, tuple(ranges(own).values()), often, native)
+    crops = Crops(
+        data, SCALES, None, None, None, 0, tuple(side_ranges(own).values()), often, native
+    )
     seen = {scale: set() for scale in SCALES}
     for looks, _ in crops.batches([[k] for k in range(60)]):
         for scale, x in looks.items():
             seen[scale].add(x.shape[-1])
     assert seen[16] == {16}
     assert seen[32] == {32}
-    low, high = ranges(own)[64]
+    low, high = side_ranges(own)[64]
     assert seen[64] == {64} if not often else min(seen[64]) == low and len(seen[64]) > 10
     assert max(seen[64]) <= high
     sides = set()
@@ -104,7 +106,7 @@ def test_images_without_crops_are_shrunk_as_well(often):
         looks, _ = next(crops.batches([[row]]))
         square = data.load(row)[0][None, :, :, 8:72]
         fits = [
-            side for side in range(ranges(own)[32][0], 33)
+            side for side in range(side_ranges(own)[32][0], 33)
             if torch.allclose(looks[32], resize(resize(square, side), 32), atol=1e-6)
         ]  # fmt: skip
         assert len(fits) == 1
@@ -123,9 +125,9 @@ def test_a_network_that_wants_multiples_learns_its_own_side_alone(tmp_path):
     net.plan(12, scale=16)
     with pytest.raises(ValueError, match="cannot take this size"):
         net.plan(13, scale=16)
-    assert ranges(net) == {8: (8, 11), 16: (16, 16)}
+    assert side_ranges(net) == {8: (8, 11), 16: (16, 16)}
     assert step_macs(net, 1.0) == step_macs(net, 0.0)
-    assert ranges(build_native()) == {16: (16, 22), 32: (23, 45), 64: (46, 64)}
+    assert side_ranges(build_native()) == {16: (16, 22), 32: (23, 45), 64: (46, 64)}
     images = torch.rand(16, 3, 16, 16), torch.arange(16) % 4
     how = {"epochs": 3, "batch_size": 8, "val_share": 0.0, "progress": False}
     msun.train(net, images, msun.TrainConfig(out=tmp_path / "out", **how))
