@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import cka_probe
 from cka_probe.activations.hooks import Collector
-from cka_probe.engine.batch_gram import batch_gram
+from cka_probe.engine.batch_gram import gram_of_batch
 from cka_probe.engine.kernels import get_kernel
 from cka_probe.engine.products import matmul_t
 
@@ -140,7 +140,7 @@ def gemm(repeats: int) -> list[dict[str, Any]]:
                 {
                     "torch_mm": lambda maps=maps: [x @ x.T for x in maps],
                     "onednn": lambda maps=maps: [matmul_t(x, x) for x in maps],
-                    "probe": lambda maps=maps: [batch_gram(x, linear) for x in maps],
+                    "probe": lambda maps=maps: [gram_of_batch(x, linear) for x in maps],
                 },
                 repeats,
             )

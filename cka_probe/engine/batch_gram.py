@@ -25,7 +25,7 @@ from cka_probe.engine.centring import (
 from cka_probe.engine.kernels import Kernel
 from cka_probe.engine.products import full_precision, matmul_t, product
 
-__all__ = ["BatchGram", "FiniteCheck", "batch_gram", "check_all_finite", "device_for_sums"]
+__all__ = ["BatchGram", "FiniteCheck", "check_all_finite", "device_for_sums", "gram_of_batch"]
 __all__ += ["on_accelerator"]
 
 _SPLIT_N = 64  # from here on a quarter of a batch's Gram is mirrored, not multiplied
@@ -49,7 +49,7 @@ class BatchGram(NamedTuple):
     largest: Tensor
 
 
-def batch_gram(x: Tensor, kernel: Kernel) -> BatchGram:
+def gram_of_batch(x: Tensor, kernel: Kernel) -> BatchGram:
     """The kernel's block of one batch with itself.
 
     Args:

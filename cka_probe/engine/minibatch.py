@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cka_probe.engine.batch_gram import BatchGram, batch_gram, check_all_finite
+from cka_probe.engine.batch_gram import BatchGram, check_all_finite, gram_of_batch
 from cka_probe.engine.estimator import BANDWIDTH_IMAGES, Result, State, check_entries, finish
 from cka_probe.engine.hsic import check_n, hsic_pairs, jackknife, normalise, rounding_floor
 from cka_probe.engine.kernels import (
@@ -89,7 +89,7 @@ class Minibatch:
             NonFiniteFeaturesError: NaN or Inf.
         """
         check_n(features.shape[0])
-        self._open[key] = batch_gram(features, self.kernel)
+        self._open[key] = gram_of_batch(features, self.kernel)
 
     def end_batch(self, index: int) -> None:
         """Add the open batch to the sums of its group.

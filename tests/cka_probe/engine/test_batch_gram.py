@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cka_probe.engine import batch_gram as room
 from cka_probe.engine import exact, sketch
-from cka_probe.engine.batch_gram import batch_gram
+from cka_probe.engine.batch_gram import gram_of_batch
 from cka_probe.engine.centring import NonFiniteFeaturesError
 from cka_probe.engine.hsic import u_centre
 from cka_probe.engine.kernels import KERNELS, get_kernel
@@ -47,9 +47,9 @@ def pretend(monkeypatch):
 def test_block_equals_the_cpu_path(name, kernel, monkeypatch):
     x = FEATURES[name](torch.Generator().manual_seed(0))
     chosen = get_kernel((lambda a, b: (a @ b.T).tanh()) if kernel == "own" else kernel)
-    want = batch_gram(x, chosen)
+    want = gram_of_batch(x, chosen)
     pretend(monkeypatch)
-    got = batch_gram(x, chosen)
+    got = gram_of_batch(x, chosen)
     assert float(got.eps) == float(want.eps)
     assert got.block.dtype == torch.float64
     want, block = u_centre(want.block), u_centre(got.block)  # an error of the mean does not count
@@ -65,7 +65,7 @@ def test_what_is_not_finite_is_named(value, kind, monkeypatch):
     pretend(monkeypatch)
     x = torch.ones(8, 3, dtype=torch.float64)
     x[2, 1] = float(value)
-    largest = {"other": torch.tensor(1.0), "key": batch_gram(x, KERNELS["linear"]).largest}
+    largest = {"other": torch.tensor(1.0), "key": gram_of_batch(x, KERNELS["linear"]).largest}
     if kind is None:
         room.check_all_finite(largest)
         return

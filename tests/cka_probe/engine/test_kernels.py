@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from cka_probe.engine import products
-from cka_probe.engine.batch_gram import batch_gram
+from cka_probe.engine.batch_gram import gram_of_batch
 from cka_probe.engine.centring import NonFiniteFeaturesError, centre, centre_full
 from cka_probe.engine.hsic import centre_gram
 from cka_probe.engine.kernels import get_kernel, median_bandwidth
@@ -52,7 +52,7 @@ def test_batch_gram_is_the_gram_of_centred_features_by_either_library(onednn, sh
         monkeypatch.setattr(products, "_onednn", lambda: None)
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) + 3
     centred = x.double() - x.double().mean(0)
-    block = batch_gram(x, get_kernel("linear")).block
+    block = gram_of_batch(x, get_kernel("linear")).block
     expected = centred @ centred.T  # up to an offset a column, which centring the Gram takes away
     assert (centre_gram(block) - expected).abs().max() < 3e-6 * expected.trace() / len(x)
     assert (block - block.T).abs().max() < 1e-6 * block.abs().max()
@@ -122,7 +122,7 @@ def test_a_block_made_tile_by_tile(name, shape, scale, mean):
     """Some of these are one tile, some several, some too small or large for float32 products."""
     kernel = get_kernel(name)
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * scale + mean
-    block, eps, _ = batch_gram(x, kernel)
+    block, eps, _ = gram_of_batch(x, kernel)
     wide = x.double()
     wide = wide - wide.mean(0)
     truth = wide @ wide.T
@@ -141,12 +141,12 @@ def test_a_bad_value_in_any_tile_is_found(at, value):
     x = torch.randn(64, 70_000)
     x[3, at] = value
     with pytest.raises(NonFiniteFeaturesError, match="1 of 4480000 values"):
-        batch_gram(x, get_kernel("linear"))
+        gram_of_batch(x, get_kernel("linear"))
 
 
 @pytest.mark.parametrize("x", [torch.zeros(64, 70_000), torch.full((64, 70_000), 0.1)])
 def test_constant_tiles(x):
-    block, eps, _ = batch_gram(x, get_kernel("linear"))
+    block, eps, _ = gram_of_batch(x, get_kernel("linear"))
     assert (eps, block.abs().sum()) == (0.0, 0.0)
 
 
@@ -155,4 +155,4 @@ def test_a_callable_of_the_user_gets_features_in_their_own_scale():
     mine = get_kernel(lambda a, b: (a @ b.T).abs())
     wide = x.double() - x.double().mean(0)
     truth = (wide @ wide.T).abs()
-    assert (batch_gram(x, mine).block - truth).abs().max() <= 1e-5 * truth.max()
+    assert (gram_of_batch(x, mine).block - truth).abs().max() <= 1e-5 * truth.max()
