@@ -20,7 +20,8 @@ from cka_probe.activations.layers import (
     select_layers,
     unwrap,
 )
-from cka_probe.activations.reduce import Reducer, get_reducer, has_time_first, leaves, usable
+from cka_probe.activations.outputs import has_time_first, leaves, usable
+from cka_probe.activations.reduce import Reducer, get_reducer
 from cka_probe.rng import eval_mode, preserved_rng
 
 __all__ = ["Collector", "Sink", "Tap", "failing_module"]

@@ -17,7 +17,10 @@ __all__ = ["ROOT", "Selection", "default_layers", "module_paths", "select_layers
 
 ROOT = "(model)"  # how the network itself, whose path is "", is written and labelled
 FEW = 6  # a network of fewer blocks than this is looked into
+# The names that the common libraries give to what stands after the blocks (torchvision: fc,
+# classifier, avgpool; timm: head, head_dist, global_pool; others: logits, last_linear, gap).
 HEADS = re.compile(r"(?i)fc|heads?|head_dist|classif\w*|logits?|last_linear|gap|(avg|global)_?pool")
+# Side branches and position tables: they are no step on the way from the input to the logits.
 PASSED = re.compile(r"(?i)aux\w*|pre_logits|(rel_)?pos_?(emb|enc)\w*|rope\w*")  # whatever is in it
 STOPS = re.compile("Adaptive|Global|Flatten")  # these types end a segment
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from cka_probe.activations.hooks import Collector, Tap
-from cka_probe.activations.reduce import layout
+from cka_probe.activations.outputs import layout
 
 
 class MacCounter(TorchDispatchMode):

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cka_probe.activations.reduce import REDUCERS, get_reducer, layout, leaves, reducer_name, usable
+from cka_probe.activations.outputs import layout, leaves, usable
+from cka_probe.activations.reduce import REDUCERS, get_reducer, reducer_name
 
 SHAPES = {
     "vector": (5, 9),
