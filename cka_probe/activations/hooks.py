@@ -39,12 +39,11 @@ Sink = Callable[[Tap, Tensor], None]
 
 
 class Collector:
-    """Taps layers of a network, in a `with`.
+    """Collects the outputs of layers by forward hooks; use it as a context manager.
 
-    Inside the `with` the network is in eval mode and has one hook more on every selected module,
-    behind the hooks that were there; afterwards, however the `with` ends, the hooks are gone, each
-    module's training flag and the global random state are as they were. `requires_grad` is never
-    touched.
+    Inside the `with` the network is in eval mode, and every selected module has one more hook,
+    after the user's own. On exit, also after an error, the hooks are removed, and each module's
+    training flag and the global random state are restored. `requires_grad` is never changed.
 
     What does not work: a module that is not called through `__call__` never fires and is named in
     `unreached`, and so is a child whose parent uses its weights alone (out_proj in
@@ -149,7 +148,7 @@ class Collector:
                 output = self.model(x)
         finally:
             self._run = None
-        self._settle(run)
+        self._finish_run(run)
         if expected is None:
             self._expected[size] = frozenset(run.shapes)
         elif missing := expected - run.shapes.keys():
@@ -200,8 +199,8 @@ class Collector:
                 raise
             raise named from error
 
-    def _settle(self, run: _Run) -> None:
-        """After a forward: labels of new taps, what was never reached, what was asked in vain."""
+    def _finish_run(self, run: _Run) -> None:
+        """After a forward, label new taps and list modules that were not reached."""
         for tap in run.shapes:
             call = tap.call if run.calls[tap.path] > 1 else None
             self.labels.setdefault(tap, _label(tap.path, tap.field, call))
@@ -222,7 +221,7 @@ class Collector:
 
 @dataclasses.dataclass
 class _Run:
-    """What one forward fills; gone with it."""
+    """The state of one forward, dropped after it."""
 
     images: int
     sink: Sink
@@ -264,7 +263,7 @@ def _unsteady(name: str) -> ValueError:
 
 
 def _batch(x: Any) -> tuple[int, Hashable]:
-    """How many images there are, and their size: what two batches of one view share."""
+    """The number of images, and their size, which all batches of one view share."""
     tensors = [leaf for _, leaf in leaves(x) if isinstance(leaf, Tensor) and leaf.ndim]
     if not tensors:
         raise TypeError(f"no input tensor: {type(x).__name__}: give images (n, c, h, w)")

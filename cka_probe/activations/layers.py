@@ -1,4 +1,4 @@
-"""Which modules of a network are tapped: by name, glob, pattern, type, or its own blocks."""
+"""Layer selection: by name, glob, pattern, type or callable; by default the network's blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 __all__ = ["ROOT", "Selection", "default_layers", "module_paths", "select_layers", "unwrap"]
 
 ROOT = "(model)"  # how the network itself, whose path is "", is written and labelled
-FEW = 6  # a network of fewer blocks than this is looked into
+# With fewer blocks than this, blocks of blocks (stages, encoders) are walked into: a curve over
+# fewer than 6 layers hardly shows where a network changes.
+FEW = 6
 # The names that the common libraries give to what stands after the blocks (torchvision: fc,
 # classifier, avgpool; timm: head, head_dist, global_pool; others: logits, last_linear, gap).
 HEADS = re.compile(r"(?i)fc|heads?|head_dist|classif\w*|logits?|last_linear|gap|(avg|global)_?pool")
@@ -191,7 +193,7 @@ def default_layers(model: nn.Module) -> list[str]:
       list of two or more such blocks, or nothing but such blocks of one class, are walked into
       instead: the encoder of a vision transformer, the stages of ConvNeXt and RegNet, the
       backbone of DeepLab. A dense block (its own kind of ModuleDict, of one class) is not.
-    - Passed by: heads (children named fc, head, classifier, avgpool and the like that hold no
+    - Left out: heads (children named fc, head, classifier, avgpool and the like that hold no
       convolution larger than 1x1; a bare linear layer at the very end), aux... and pos_embed...
     - timm networks: the modules of `feature_info` are added, save a stage that puts out just what
       its last block, tapped too, puts out.
@@ -228,7 +230,7 @@ def _repeats(module: nn.Module, paths: dict[int, str], found: set[str]) -> bool:
 
 
 class _Item(NamedTuple):
-    """What the walk meets, in registration order."""
+    """One step of the walk over the modules, in registration order."""
 
     path: str
     module: nn.Module

@@ -54,7 +54,7 @@ class MacCounter(TorchDispatchMode):
 
 
 def _formula(operator: Any) -> Any:
-    """What torch says an operator costs; it knows attention on a CPU under its other names only."""
+    """Torch's flop formula of an operator; attention on a CPU has none of its own."""
     aten = torch.ops.aten
     if operator is getattr(aten, "_scaled_dot_product_flash_attention_for_cpu", None):
         operator = aten._scaled_dot_product_flash_attention

@@ -1,4 +1,4 @@
-"""What a layer put out becomes a matrix: (n, ...) -> (n, d), at once and without copies kept."""
+"""Reducers: the output (n, ...) of a layer -> a feature matrix (n, d)."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """The Gram matrix of one batch, on the CPU and on an accelerator.
 
 On the CPU a batch is centred and multiplied column tile by column tile, while a tile is in the
-cache. On an accelerator nothing is asked of the device between two layers: a number that the host
-asks for (`float`, `bool`, `.item()`) stops the queue that keeps the device busy. So every decision
-there (finite, constant, too large) is itself a number on the device, and the host asks for all of a
-batch at once. MPS takes the CPU's path: it has no float64, so its sums are on the CPU.
+cache. On an accelerator the host reads no value between two layers: each read (`float`, `bool`,
+`.item()`) waits for the queue and leaves the device idle. So every decision there (finite,
+constant, too large) is itself a number on the device, and the host reads all of a batch at once.
+MPS takes the CPU's path: it has no float64, so its sums are on the CPU.
 """
 
 from collections.abc import Hashable, Mapping
@@ -70,7 +70,7 @@ def gram_of_batch(x: Tensor, kernel: Kernel) -> BatchGram:
 
 
 def on_accelerator(x: Tensor) -> bool:
-    """Whether asking for a number of `x` would stop a queue."""
+    """Whether reading a value of `x` waits for a queue of kernels."""
     return x.device.type not in ("cpu", "mps")
 
 

@@ -15,8 +15,16 @@ from torch import Tensor
 
 from cka_probe.errors import one_line
 
-__all__ = ["SKIP", "ImageError", "decode_image", "fetch", "float_images", "from_item", "from_pil"]
-__all__ += ["image_files", "read_item"]
+__all__ = [
+    "SKIP",
+    "ImageError",
+    "decode_image",
+    "fetch",
+    "float_images",
+    "from_item",
+    "from_pil",
+    "image_files",
+]
 
 _EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
@@ -185,11 +193,6 @@ def from_item(item: Any, label: str) -> tuple[Tensor, bool]:
     if isinstance(item, np.ndarray):
         kind = f"{item.dtype} array {item.shape}"
     raise TypeError(f"item is no image: {label!r} is {kind}: {_WANTED}")
-
-
-def read_item(dataset: Any, index: int, label: str) -> tuple[Tensor, bool]:
-    """Ask a dataset for one item and take the image out of it."""
-    return from_item(fetch(dataset, index, label), label)
 
 
 def fetch(dataset: Any, index: int, label: str) -> Any:

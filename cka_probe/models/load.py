@@ -1,4 +1,4 @@
-"""A model by name and its weights -> a network in eval mode, ready to look at images.
+"""A model by name and its weights -> a network in eval mode, ready for images.
 
 Names: "resnet18" (torchvision), "timm:mobilenetv2_100", "net.py:make" (a callable in a file),
 "glyphnet" (the embedded one).
@@ -242,7 +242,10 @@ def _makes(value: Any, module: types.ModuleType) -> bool:
 
 @contextlib.contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """The folder leads the import path; its modules are forgotten, so that a twin can load."""
+    """Put the folder first on the import path, for the length of the `with`.
+
+    Its modules are then removed from sys.modules, so that another file of the same name can load.
+    """
     before, paths = set(sys.modules), list(sys.path)
     sys.path.insert(0, str(folder))
     try:

@@ -52,8 +52,8 @@ def probe(
     """CKA of every layer at every scale with every other, with error bars, from one pass.
 
     Kornblith et al. 2019 (CKA), Song et al. 2012 (HSIC_1), Nguyen et al. 2021 (minibatches). S
-    views cost S forwards: all pairs come from the same pass. The network is in eval mode meanwhile
-    and as it was afterwards, like the global random state.
+    views cost S forwards: all pairs come from the same pass. The network is in eval mode during the
+    run; its training flags and the global random state are restored afterwards.
 
     Args:
         model: the network; may be None where every view brings its own.

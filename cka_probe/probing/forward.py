@@ -19,8 +19,8 @@ from cka_probe.inputs.batches import Batch
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Facts about the networks that the forwards brought to light, for the report's metadata.
+class ForwardResults:
+    """What the forwards showed about the networks, for the report's metadata.
 
     Attributes:
         tables: view -> `layer_table`.
@@ -37,9 +37,9 @@ class Seen:
     skipped: dict[str, str]
 
     @staticmethod
-    def merge(found: "list[Seen]") -> "Seen":
-        """The facts of several processes as one; a process without a batch has none."""
-        ran = [one for one in found if one.tables] or found[:1]
+    def merge(results: "list[ForwardResults]") -> "ForwardResults":
+        """Merge the results of several processes; a process without a batch has none."""
+        ran = [one for one in results if one.tables] or results[:1]
         return replace(
             ran[0],
             unreached=[p for p in ran[0].unreached if all(p in one.unreached for one in ran)],
@@ -47,11 +47,11 @@ class Seen:
         )
 
 
-class Sink(Protocol):
-    """What takes the features: an estimator, or one that several processes share."""
+class FeatureSink(Protocol):
+    """Receives the features: an estimator, or one that several processes share."""
 
     def update(self, key: Hashable, features: Tensor) -> None:
-        """Take the features (b, d) of one entry in the open batch."""
+        """Add the features (b, d) of one entry to the open batch."""
 
     def end_batch(self, index: int) -> None:
         """End batch `index`."""
@@ -79,7 +79,7 @@ class Forwards:
     def __init__(
         self,
         models: Mapping[str, nn.Module],
-        estimator: Sink,
+        estimator: FeatureSink,
         stack: ExitStack,
         *,
         layers: Any = None,
@@ -104,10 +104,11 @@ class Forwards:
             self.collectors[view] = by_model[id(model)]
             self.devices[view] = device_of(model)
 
-    def take(self, batch: Batch, bar: Any) -> None:
-        """Run every view of one batch through its network; the first batch checks sizes and layers.
+    def run_batch(self, batch: Batch, bar: Any) -> None:
+        """Run every view of one batch through its network.
 
-        The estimator's batch stays open until `close`.
+        The first batch also fills `tables` and `macs`, and checks that layers were reached. The
+        estimator's batch stays open until `end_batch`.
 
         Raises:
             ValueError: a network cannot take a size, or features are NaN or Inf; the message
@@ -120,8 +121,8 @@ class Forwards:
         if first:
             self._check_reached()
 
-    def close(self, index: int) -> None:
-        """End the batch: the estimator adds its sums to those of earlier batches.
+    def end_batch(self, index: int) -> None:
+        """End the batch in the estimator, which adds its sums to those of earlier batches.
 
         Raises:
             ValueError: an accelerator found NaN or Inf; the message names layer, view and batch.
@@ -133,10 +134,10 @@ class Forwards:
             where = f"layer {self.collectors[view].labels[tap]!r}, view {view!r}, batch {index}"
             raise _not_finite(error, where) from error
 
-    def seen(self) -> "Seen":
-        """The facts about the networks so far."""
+    def results(self) -> ForwardResults:
+        """What the forwards showed so far."""
         collectors = self.collectors.values()
-        return Seen(
+        return ForwardResults(
             tables=self.tables,
             macs=self.macs,
             labels={view: dict(c.labels) for view, c in self.collectors.items()},
@@ -151,7 +152,8 @@ class Forwards:
         def sink(tap: Tap, features: Tensor) -> None:
             counter.outside(self.estimator.update, (view, tap), features)
 
-        x = x.to(device, non_blocking=device.type != "cpu")  # to the host: whole when it is read
+        # A copy to the CPU must be complete before it is read; one to an accelerator may overlap.
+        x = x.to(device, non_blocking=device.type != "cpu")
         n = len(x)
         try:
             with counter, torch.autocast(device.type, torch.bfloat16, enabled=self.amp):
@@ -161,8 +163,8 @@ class Forwards:
             if isinstance(error, OSError):
                 raise  # a full disk: no fault of the network
             if error is collector.fault:
-                raise _of_tapping(error, where) from error
-            raise _of_network(error, collector.model, x, where, self.hint) from error
+                raise _tapping_error(error, where) from error
+            raise _network_error(error, collector.model, x, where, self.hint) from error
         if first:
             self.macs[view] = counter.macs() // n
             self.tables[view] = layer_table({view: collector}, {view: unwrap(self.models[view])})
@@ -193,7 +195,7 @@ def move_to(model: nn.Module, target: Any, stack: ExitStack) -> None:
     stack.callback(model.to, before)
 
 
-def _of_tapping(error: Exception, where: str) -> Exception:
+def _tapping_error(error: Exception, where: str) -> Exception:
     """The error of a reducer, a kernel or the estimator, with the view and the batch."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, NonFiniteFeaturesError):
@@ -211,7 +213,9 @@ def _of_tapping(error: Exception, where: str) -> Exception:
     )
 
 
-def _of_network(error: Exception, model: nn.Module, x: Tensor, where: str, hint: str) -> Exception:
+def _network_error(
+    error: Exception, model: nn.Module, x: Tensor, where: str, hint: str
+) -> Exception:
     """The error of a network in one line, with the view and, where known, the layer."""
     text = " ".join(str(error).split())
     path = failing_module(error, model)

@@ -13,7 +13,7 @@ from cka_probe.engine.estimator import Estimator
 from cka_probe.inputs.batches import Batch, Source, iterate_batches
 from cka_probe.inputs.views import Transform
 from cka_probe.io import remove_partial_files
-from cka_probe.probing.forward import Forwards, Seen
+from cka_probe.probing.forward import ForwardResults, Forwards
 from cka_probe.probing.options import ProbeOptions
 from cka_probe.probing.sharing import SharedEstimator
 from cka_probe.probing.state import Bad, Saver, save_every_s
@@ -67,11 +67,11 @@ class Loop:
         self, models: Mapping[str, nn.Module], transforms: Mapping[str, Transform],
         options: ProbeOptions, *, progress: bool, say: Callable[[str], None] | None,
         announce: Callable[[], None],
-    ) -> Seen:  # fmt: skip
+    ) -> ForwardResults:  # fmt: skip
         """Make every forward that is still to do.
 
         Returns:
-            What the forwards told of the networks.
+            What the forwards showed about the networks.
 
         Raises:
             ValueError: a saved state that is damaged or of another run; no image can be read;
@@ -79,7 +79,7 @@ class Loop:
             LostRankError: another process died or failed.
         """
         with ExitStack() as stack:
-            work = Forwards(
+            forwards = Forwards(
                 models, self.shared, stack, layers=options.layers, reduce=options.reduce,
                 device=options.device, amp=options.amp, hint=options.size_hint,
             )  # fmt: skip
@@ -104,12 +104,14 @@ class Loop:
                         )
                     )
                 )  # fmt: skip
-            self._rounds(work, stream, bar)
+            self._run_rounds(forwards, stream, bar)
             bar.leave = True
-            seen = Seen.merge(self.ranks.gather(work.seen()) or [work.seen()])
-        if self.ranks.first and not seen.tables:
+            results = ForwardResults.merge(
+                self.ranks.gather(forwards.results()) or [forwards.results()]
+            )
+        if self.ranks.first and not results.tables:
             raise ValueError(f"no readable images: {len(self.left_out)} left out: check the files")
-        return seen
+        return results
 
     def _prepare(self, *, resume: bool, say: Callable[[str], None] | None) -> None:
         """Make the folder, and load the saved state if the run is resumed."""
@@ -128,7 +130,7 @@ class Loop:
                 else f"nothing to resume: no saved state: starts from batch 0 of {count}"
             )
 
-    def _rounds(self, work: Forwards, stream: Iterator[Batch], bar: Any) -> None:
+    def _run_rounds(self, forwards: Forwards, stream: Iterator[Batch], bar: Any) -> None:
         size, following, complete = self.ranks.size, self.start, True
         count = -(-(len(self.plan) - self.start) // size)
         due, synced, began = 1, 0, time.perf_counter()
@@ -136,10 +138,10 @@ class Loop:
             for k in range(1, count + 1):
                 batch = next(stream, None)
                 if batch is not None and batch.views:
-                    work.take(batch, bar)
+                    forwards.run_batch(batch, bar)
                 complete = False  # an interruption from here on leaves half a batch in the sums
                 if batch is not None:
-                    self._done(work, batch, bar)
+                    self._end_batch(forwards, batch, bar)
                 following = min(len(self.plan), self.start + k * size)
                 complete = True
                 if size > 1 and k == due and k < count:
@@ -155,10 +157,10 @@ class Loop:
                 self.saver.save(self.estimator, following, self.bad)
             raise
 
-    def _done(self, work: Forwards, batch: Batch, bar: Any) -> None:
+    def _end_batch(self, forwards: Forwards, batch: Batch, bar: Any) -> None:
         """End a batch in the estimator, and note the images that were left out."""
         if batch.views:
-            work.close(batch.index)
+            forwards.end_batch(batch.index)
         bad = self.bad if self.ranks.size == 1 else self._new_bad
         bad.append((batch.index, batch.bad, batch.left_out))
         self._images += len(batch.ids)

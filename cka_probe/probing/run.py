@@ -224,7 +224,7 @@ class Run:
             ranks=self.ranks,
         )  # fmt: skip
         began = time.perf_counter()
-        seen = loop.run(
+        results = loop.run(
             self.models, self.transforms, options, progress=progress, say=self.say,
             announce=self._announce,
         )  # fmt: skip
@@ -232,7 +232,7 @@ class Run:
             return None
         result = loop.estimator.compute()
         keys: list[tuple[str, Tap]] = result.keys
-        labels = [seen.labels[view][tap] for view, tap in keys]
+        labels = [results.labels[view][tap] for view, tap in keys]
         views = [view for view, _ in keys]
         warn_degenerate(
             result,
@@ -246,10 +246,10 @@ class Run:
             "run": self.fingerprint,
             "left_out": loop.left_out,
             "left_out_readable": loop.too_few,
-            "unreached": seen.unreached,
-            "skipped": seen.skipped,
-            "layers": merge_tables(seen.tables.values()),
-            "view_macs": seen.macs,
+            "unreached": results.unreached,
+            "skipped": results.skipped,
+            "layers": merge_tables(results.tables.values()),
+            "view_macs": results.macs,
             "versions": versions(),
             "processes": self.ranks.size,
             "seconds": round(time.perf_counter() - began, 3),

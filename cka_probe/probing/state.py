@@ -1,4 +1,4 @@
-"""The saved state of an interrupted run: what its batches came to, which they are, of which run.
+"""The saved state of an interrupted run: the sums of its batches, their number, its fingerprint.
 
 A state is whole or absent (written beside, then renamed) and belongs to one run: what could change
 a number is in its fingerprint, and a difference is refused by name. It holds batches 0 .. k - 1,
@@ -50,7 +50,7 @@ def save_every_s() -> float:
 
 
 class Saver:
-    """Saves the state of one run as it goes.
+    """Saves the state of one run at intervals.
 
     `minibatch` holds sums of a few MiB; `exact` and `sketch` hold rows of every image, so that a
     state may take long to write. It is written seldom enough to take a 20th of the time.
@@ -71,7 +71,7 @@ class Saver:
         return self.folder is not None and since >= max(self._every_s, _SHARE * self._took)
 
     def save(self, estimator: Estimator, next_batch: int, bad: Bad) -> None:
-        """Write what batches 0 .. next_batch - 1 came to.
+        """Write the sums or rows of batches 0 .. next_batch - 1.
 
         Raises:
             OSError: the folder cannot be written.

@@ -94,6 +94,14 @@ def test_the_fingerprint_of_a_folder_notices_names_sizes_and_classes(folder):
     assert open_labelled(folder).fingerprint() in seen
 
 
+def test_the_fingerprint_of_a_folder_notices_an_edit_of_equal_size(folder):
+    file = folder / "dog" / "b.png"
+    before, content = open_labelled(folder).fingerprint(), bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert open_labelled(folder).fingerprint() != before
+
+
 def test_glyphs_are_those_of_the_other_package():
     data = open_labelled("glyphs", n_images=70, seed=3)
     images, labels = glyphs.tensor("train", 70, 3)
