@@ -21,7 +21,7 @@ from msun.network.kernel_resize import STARTS, resample_first
 from msun.network.model import MSUN, Origin
 from msun.network.norms import install
 from msun.network.paper import PaperDesign, paper_design, paper_subnet
-from msun.network.policy import RAW_TAU, Policy, check_scales, merge_grid, policy_of
+from msun.network.policy import RAW_TAU, Policy, merge_grid, policy_of, sorted_scales
 from msun.network.shape_probe import ShapeProbe
 from msun.network.stride_removal import remove_strides
 
@@ -88,7 +88,7 @@ def build(
     policy = (policy or policy_of(preset)).but(
         subnets=subnets, merge=merge, norm=norm, inputs=inputs
     )  # fmt: skip
-    sides = check_scales(scales)
+    sides = sorted_scales(scales)
     known = _spec(backbone, spec)
     model = unwrap(backbone.model if isinstance(backbone, LoadedModel) else backbone)
     if start not in STARTS:

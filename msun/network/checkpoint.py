@@ -18,7 +18,7 @@ from cka_probe.models.load import LoadedModel, load_model
 from msun.network.builder import build, fingerprint
 from msun.network.classifier import replace_classifier
 from msun.network.model import MSUN
-from msun.network.policy import POLICIES, Policy, check_scales
+from msun.network.policy import POLICIES, Policy, sorted_scales
 
 __all__ = ["FORMAT", "describe", "load", "load_into", "read", "save"]
 
@@ -209,8 +209,8 @@ def _expect(
             f"checkpoint for another cut: {path} was cut after {network['at']!r}, not {at!r}: "
             "give at= that cut"
         )
-    if scales is not None and list(check_scales(scales)) != network["scales"]:
-        there, here = (",".join(map(str, s)) for s in (network["scales"], check_scales(scales)))
+    if scales is not None and list(sorted_scales(scales)) != network["scales"]:
+        there, here = (",".join(map(str, s)) for s in (network["scales"], sorted_scales(scales)))
         raise ValueError(
             f"checkpoint for other scales: {path} has {there}, not {here}: give scales= those"
         )

@@ -14,7 +14,7 @@ from msun.cutting.cuts import Cut, example_images, heads
 from msun.cutting.halves import Part
 from msun.network.builder import map_axes, small_subnets
 from msun.network.functional_layers import with_functional_modules
-from msun.network.policy import check_scales, policy_of
+from msun.network.policy import policy_of, sorted_scales
 from msun.network.shape_probe import ShapeProbe
 
 __all__ = ["subnet_costs"]
@@ -42,7 +42,7 @@ def subnet_costs(
     Raises:
         ValueError: bad scales, an unknown preset, or a reference that the network cannot take.
     """
-    cuts, model, sides = list(cuts), unwrap(model), check_scales(scales)
+    cuts, model, sides = list(cuts), unwrap(model), sorted_scales(scales)
     policy = policy_of(preset).but(subnets="shared")  # same costs, without copies
     example = example_images(model, sides[-1])
     columns: dict[str, list[float]] = {"parameters": [float(cut.parameters) for cut in cuts]}

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from cka_probe.inputs import views
 
-__all__ = ["POLICIES", "Policy", "check_scales", "fed_size", "merge_grid", "policy_of"]
+__all__ = ["POLICIES", "Policy", "fed_size", "merge_grid", "policy_of", "sorted_scales"]
 __all__ += ["RAW_TAU"]
 __all__ += ["is_native", "route", "served_sides"]
 
@@ -111,7 +111,7 @@ def policy_of(preset: str) -> Policy:
     return POLICIES[preset]
 
 
-def check_scales(scales: Sequence[int]) -> tuple[int, ...]:
+def sorted_scales(scales: Sequence[int]) -> tuple[int, ...]:
     """Validate the scales of a network, and sort them.
 
     Args:

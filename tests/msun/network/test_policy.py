@@ -8,13 +8,13 @@ import pytest
 from msun.network.policy import (
     POLICIES,
     Policy,
-    check_scales,
     fed_size,
     is_native,
     merge_grid,
     policy_of,
     route,
     served_sides,
+    sorted_scales,
 )
 
 PAPER = (32, 128, 224)
@@ -129,12 +129,12 @@ def test_presets_and_their_choices():
 
 
 def test_scales_are_sorted_and_checked():
-    assert check_scales([224, 32, 128]) == PAPER
+    assert sorted_scales([224, 32, 128]) == PAPER
     for bad, text in (
         ([], "no scales: none: give"), ([8, 8], "scale given twice: 8: "), ([0, 8], "scale: 0: ")
     ):  # fmt: skip
         with pytest.raises(ValueError, match=text):
-            check_scales(bad)
+            sorted_scales(bad)
     for bad in ([8.5], ["8"], [True]):
         with pytest.raises(TypeError, match=r"^bad scale: "):
-            check_scales(bad)
+            sorted_scales(bad)
