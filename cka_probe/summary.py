@@ -11,9 +11,22 @@ from numpy.typing import NDArray
 
 from cka_probe.report import Report, same_layers
 
-__all__ = ["LEVEL", "MAX_NAMES", "MIN_GROUPS", "Cell", "caveats", "describe", "details"]
-__all__ += ["ellipsize", "few_groups", "headline", "join_names", "missing_cells", "read_cells"]
-__all__ += ["same_layers"]
+__all__ = [
+    "LEVEL",
+    "MAX_NAMES",
+    "MIN_GROUPS",
+    "Cell",
+    "caveats",
+    "describe",
+    "details",
+    "ellipsize",
+    "few_groups",
+    "headline",
+    "join_names",
+    "missing_cells",
+    "read_cells",
+    "same_layers",
+]
 
 LEVEL = 0.95  # coverage of every interval here
 MAX_NAMES = 12  # names in a list before "and N more"

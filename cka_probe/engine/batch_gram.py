@@ -25,8 +25,14 @@ from cka_probe.engine.centring import (
 from cka_probe.engine.kernels import Kernel
 from cka_probe.engine.products import full_precision, matmul_t, product
 
-__all__ = ["BatchGram", "FiniteCheck", "check_all_finite", "device_for_sums", "gram_of_batch"]
-__all__ += ["on_accelerator"]
+__all__ = [
+    "BatchGram",
+    "FiniteCheck",
+    "check_all_finite",
+    "device_for_sums",
+    "gram_of_batch",
+    "on_accelerator",
+]
 
 _SPLIT_N = 64  # from here on a quarter of a batch's Gram is mirrored, not multiplied
 _TILE_BYTES = 2**22  # of a batch's columns, centred while they are in the cache

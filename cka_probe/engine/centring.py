@@ -11,8 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["SAFE_TRACE", "Centred", "NonFiniteFeaturesError", "centre", "centre_full"]
-__all__ += ["check_finite", "feature_eps", "work_dtype"]
+__all__ = [
+    "SAFE_TRACE",
+    "Centred",
+    "NonFiniteFeaturesError",
+    "centre",
+    "centre_full",
+    "check_finite",
+    "feature_eps",
+    "work_dtype",
+]
 
 SMALL_N = 32  # below this the Gram is taken in float64: it costs nothing and conditioning is worst
 _CHUNK_ROWS = 1024  # fixed, so that a float64 mean does not depend on how features were batched

@@ -15,8 +15,15 @@ from torch import Tensor
 
 from cka_probe.engine.hsic import Array
 
-__all__ = ["BANDWIDTH_IMAGES", "EXACT_GROUPS", "Estimator", "Result", "State", "check_entries"]
-__all__ += ["finish"]
+__all__ = [
+    "BANDWIDTH_IMAGES",
+    "EXACT_GROUPS",
+    "Estimator",
+    "Result",
+    "State",
+    "check_entries",
+    "finish",
+]
 
 EXACT_GROUPS = 20  # groups of images for the jackknife of `exact` and `sketch`
 BANDWIDTH_IMAGES = 256  # the first so many images of a run fix the RBF bandwidth

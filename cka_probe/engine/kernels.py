@@ -9,8 +9,16 @@ from torch import Tensor
 
 from cka_probe.engine.products import distances, product, squared_distances
 
-__all__ = ["KERNELS", "Block", "Kernel", "check_bandwidth", "checked_kernel", "get_kernel"]
-__all__ += ["images_by_batch", "median_bandwidth"]
+__all__ = [
+    "KERNELS",
+    "Block",
+    "Kernel",
+    "check_bandwidth",
+    "checked_kernel",
+    "get_kernel",
+    "images_by_batch",
+    "median_bandwidth",
+]
 
 Block = Callable[[Tensor, Tensor], Tensor]
 

@@ -29,8 +29,10 @@ __all__ = [
     "digest",
     "from_workers",
     "iterate_batches",
+    "open_images",
+    "order",
+    "plan",
 ]
-__all__ += ["open_images", "order", "plan"]
 
 
 def plan(n: int, batch_size: int) -> list[slice]:

@@ -25,8 +25,18 @@ from cka_probe.io import digest
 from cka_probe.progress import progress_bar
 from cka_probe.rng import seeded
 
-__all__ = ["FEW", "MIN_IMAGES", "Files", "Items", "Named", "Source", "check_numbered"]
-__all__ += ["open_images", "order", "stacked_name"]
+__all__ = [
+    "FEW",
+    "MIN_IMAGES",
+    "Files",
+    "Items",
+    "Named",
+    "Source",
+    "check_numbered",
+    "open_images",
+    "order",
+    "stacked_name",
+]
 
 MIN_IMAGES = 4  # unbiased HSIC divides by n (n - 3)
 FEW = f"CKA needs at least {MIN_IMAGES}"

@@ -15,8 +15,19 @@ from torch import Tensor
 from cka_probe.errors import one_line
 from cka_probe.rng import seeded
 
-__all__ = ["NATIVE", "Transform", "View", "apply_view", "check_reference", "check_scales"]
-__all__ += ["parse_scales", "resize", "scale_transforms", "stack", "view_transforms"]
+__all__ = [
+    "NATIVE",
+    "Transform",
+    "View",
+    "apply_view",
+    "check_reference",
+    "check_scales",
+    "parse_scales",
+    "resize",
+    "scale_transforms",
+    "stack",
+    "view_transforms",
+]
 
 Transform = Callable[[Tensor], Tensor]
 NATIVE = "native"

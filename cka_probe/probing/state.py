@@ -19,8 +19,15 @@ from cka_probe.activations.hooks import Tap
 from cka_probe.engine.estimator import Estimator
 from cka_probe.io import load_npz, plain, save_npz
 
-__all__ = ["STATE", "OtherRunError", "Saver", "differences", "refuse_other", "save_every_s"]
-__all__ += ["saved_options"]
+__all__ = [
+    "STATE",
+    "OtherRunError",
+    "Saver",
+    "differences",
+    "refuse_other",
+    "save_every_s",
+    "saved_options",
+]
 
 STATE = "state.npz"
 _SHARE = 20  # saving may take a 20th of the time

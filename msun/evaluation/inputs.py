@@ -15,8 +15,14 @@ from cka_probe.models.preprocessing import stated_constants
 from msun.data.labelled import Labelled, open_labelled
 from msun.network.model import MSUN
 
-__all__ = ["Feed", "network_spec", "open_tests", "reference_side", "resolve_feed"]
-__all__ += ["resolve_mean_std"]
+__all__ = [
+    "Feed",
+    "network_spec",
+    "open_tests",
+    "reference_side",
+    "resolve_feed",
+    "resolve_mean_std",
+]
 
 Feed = Callable[[int], int]
 Channels = tuple[float, ...] | None  # one value per channel

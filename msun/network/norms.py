@@ -19,8 +19,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cka_probe.rng import eval_mode
 
-__all__ = ["SizedNorm", "calibrated_sizes", "install", "recalibrate", "select"]
-__all__ += ["sized_norms", "without_calibration"]
+__all__ = [
+    "SizedNorm",
+    "calibrated_sizes",
+    "install",
+    "recalibrate",
+    "select",
+    "sized_norms",
+    "without_calibration",
+]
 
 Size = tuple[int, int]
 _BUFFER = re.compile(r"(mean|var)_(\d+)x(\d+)$")  # names of `_names`: "mean_32x48"

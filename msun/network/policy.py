@@ -12,9 +12,18 @@ from itertools import pairwise
 
 from cka_probe.inputs import views
 
-__all__ = ["POLICIES", "Policy", "fed_size", "merge_grid", "policy_of", "sorted_scales"]
-__all__ += ["RAW_TAU"]
-__all__ += ["is_native", "route", "served_sides"]
+__all__ = [
+    "POLICIES",
+    "RAW_TAU",
+    "Policy",
+    "fed_size",
+    "is_native",
+    "merge_grid",
+    "policy_of",
+    "route",
+    "served_sides",
+    "sorted_scales",
+]
 
 Grid = tuple[int, int]
 # Threshold of the raw constraint, below which it counts as 0: the paper's value for ResNet-50.

@@ -16,8 +16,18 @@ import torch
 from cka_probe.io import plain, replacing
 from msun.training.config import check_same_run
 
-__all__ = ["CONFIG", "METRICS", "MODEL", "STATE", "load_state", "read_config", "read_metrics"]
-__all__ += ["save_state", "write_config", "write_metrics"]
+__all__ = [
+    "CONFIG",
+    "METRICS",
+    "MODEL",
+    "STATE",
+    "load_state",
+    "read_config",
+    "read_metrics",
+    "save_state",
+    "write_config",
+    "write_metrics",
+]
 
 MODEL, STATE, METRICS, CONFIG = "model.pt", "state.pt", "metrics.csv", "config.json"
 _FORMAT = 1  # of state.pt; a reader refuses newer formats
