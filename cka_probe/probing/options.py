@@ -112,9 +112,10 @@ class ProbeOptions:
 
     def _with_reference(self, scales: list[int]) -> list[int]:
         """The scales, and the reference among them where it is a side in pixels."""
-        if not str(self.reference).isdecimal() or int(self.reference or 0) in scales:
+        if self.reference is None or not str(self.reference).isdecimal():
             return scales
-        return [*scales, int(self.reference or 0)]
+        (side,) = check_scales([int(self.reference)])
+        return scales if side in scales else [*scales, side]
 
     def _check_views_and_reference(self) -> None:
         if self.views is not None and self.scales is not None:

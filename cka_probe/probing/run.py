@@ -291,7 +291,10 @@ def _resolve_views(
 ) -> tuple[dict[str, nn.Module], dict[str, Transform], str]:
     """View -> network, view -> transform, and the name of the reference view."""
     if options.views is not None:
-        models = {name: own or model for name, (own, _) in options.view_pairs.items()}
+        # `is None`: an empty nn.Sequential, the identity, is false and yet a network.
+        models = {
+            name: model if own is None else own for name, (own, _) in options.view_pairs.items()
+        }
         absent = [name for name, given in models.items() if given is None]
         if absent or not models:
             raise ValueError(f"no network: view {(absent or [''])[0]!r}: give one, or model=")
@@ -300,7 +303,8 @@ def _resolve_views(
         for name, (_, transform) in options.view_pairs.items():
             constants = _pixel_constants(networks[name], options, source)
             transforms |= view_transforms({name: transform}, **constants)
-        return networks, transforms, str(options.reference or next(iter(networks)))
+        first = next(iter(networks))
+        return networks, transforms, first if options.reference is None else str(options.reference)
     if model is None:
         raise ValueError("no network: model=None: give one, or views={name: (model, ...)}")
     scales = None if options.scales is None else list(options.scales)
@@ -311,7 +315,9 @@ def _resolve_views(
         antialias=options.antialias,
         **_pixel_constants(model, options, source),
     )
-    reference = NATIVE if scales is None else str(options.reference or max(scales))
+    reference = NATIVE
+    if scales is not None:
+        reference = str(max(scales) if options.reference is None else options.reference)
     return dict.fromkeys(transforms, model), transforms, reference
 
 

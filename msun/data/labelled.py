@@ -161,7 +161,7 @@ class _Stacked(Labelled):
         self.name = name
         self._images, self._labels = images, labels.to(torch.int64)
         count = int(self._labels.max()) + 1
-        self.classes = tuple(classes or map(str, range(count)))
+        self.classes = tuple(map(str, range(count)) if classes is None else classes)
         for k in ((self._labels < 0) | (self._labels >= len(self.classes))).nonzero()[:1, 0]:
             self._checked(self._labels[k].item(), str(int(k)))
 

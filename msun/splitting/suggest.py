@@ -81,7 +81,9 @@ def suggest_split(
     view = _view(report, view)
     known = _cuts(cuts)
     counted = all(cut.parameters >= 0 for cut in known)
-    name, judge = get_rule(rule or ("affordable" if counted else "recovery"))
+    if rule is None:
+        rule = "affordable" if counted else "recovery"
+    name, judge = get_rule(rule)
     curve, tapped, empty = _curve(report, view, known, delta, growth)
     verdict = judge(curve)
     own = _doubts(curve) if verdict.by_cka else []

@@ -127,6 +127,16 @@ def test_two_networks(images):
     assert table.loc["block", "block"] < 0.999
 
 
+def test_the_identity_as_a_network_of_its_own(images):
+    net = Net()  # an empty Sequential has length 0, so it is false
+    views = {"pixels": (nn.Sequential(), None), "net": (net, None)}
+    report = probe(net, images, views=views, layers=["(model)"], estimator="exact", progress=False)
+    with torch.no_grad():
+        expected = oracle.cka(images.flatten(1).numpy(), net.eval()(images).numpy())
+    assert report.layer.tolist() == ["(model)", "(model)"]
+    np.testing.assert_allclose(report.cka[0, 1], expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("estimator", ["minibatch", "exact"])
 @pytest.mark.parametrize("kernel", ["linear", "rbf"])
 def test_meta_says_how_it_was_made(images, estimator, kernel):
@@ -216,6 +226,7 @@ def test_unreached_layers_are_named(images):
         ({"resume": True}, "resume without a folder"),
         ({"estimator": "best"}, "unknown estimator: 'best': known ones are minibatch, exact"),
         ({"reference": "banana"}, "banana"),
+        ({"reference": 0}, "bad scale: 0: "),
         ({"images": torch.randn(3, 3, 8, 8)}, "too few images: 3"),
         ({"images": torch.zeros(8, 3, 8, 8, dtype=torch.uint8)}, "uint8"),
         ({"layers": ["nothing.*"]}, "nothing"),
