@@ -40,11 +40,11 @@ class Fan:
     def __init__(self, estimators):
         self.estimators = estimators
 
-    def put(self, key, x):
+    def update(self, key, x):
         for estimator in self.estimators.values():
             estimator.update(key, x)
 
-    def close_batch(self, index):
+    def end_batch(self, index):
         for estimator in self.estimators.values():
             estimator.end_batch(index)
 
@@ -68,11 +68,11 @@ def feed(model, source, sides, norm, batch_size, estimators):
     """Every image at every side through the network, into all estimators: their results."""
     views = scale_transforms(sides, reference=max(sides), resize="native", antialias=True, **norm)
     with ExitStack() as stack:
-        work = Forwards(dict.fromkeys(views, model), Fan(estimators), stack)
+        forwards = Forwards(dict.fromkeys(views, model), Fan(estimators), stack)
         bar = stack.enter_context(progress_bar(len(source), desc="probe", unit="image"))
         for batch in iterate_batches(source, views, batch_size=batch_size, seed=0):
-            work.take(batch, bar)
-            work.close(batch.index)
+            forwards.run_batch(batch, bar)
+            forwards.end_batch(batch.index)
     return {name: estimator.compute() for name, estimator in estimators.items()}
 
 
