@@ -163,6 +163,9 @@ def _fail(program: str, message: str, status: int, error: BaseException | None =
     if _launched():
         from cka_probe.distributed.ranks import may_speak
 
+        # This process ends anyway: torchrun's SIGTERM, which comes as soon as another has died,
+        # must not interrupt the report of the failure.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not may_speak(error):
             return status
     print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
