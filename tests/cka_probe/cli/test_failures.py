@@ -38,7 +38,7 @@ def test_an_interruption_while_drawing_costs_no_forward(place, tmp_path, monkeyp
     assert "run again with --resume" in capsys.readouterr().err
     assert [p.name for p in out.iterdir()] == ["report.npz"]
     with monkeypatch.context() as patch:
-        patch.setattr("cka_probe.probing.forward.Forwards.take", None)  # not one
+        patch.setattr("cka_probe.probing.forward.Forwards.run_batch", None)  # not one
         assert main(words(place, out, "--quiet", "--resume")) == 0
     assert len(files(out)) == 5
 
