@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from cka_probe.activations.axes import Axes, AxisTracker, channel_axes
 from cka_probe.activations.layers import (
     ROOT,
     Layers,
@@ -56,12 +57,15 @@ class Collector:
         model: the network; DataParallel and torch.compile wrappers are taken off.
         layers: as in `select_layers`.
         reduce: as in `get_reducer`.
+        layout: "channels_first" or "channels_last", for all outputs that have positions; None to
+            follow it through the network's operators in the first run of each input size.
 
     Attributes:
         labels: tap -> "path", "path:field", "path#call" or "path:field#call", in execution order;
             "#call" where the module fires several times in a forward. Filled by the first run;
             taps that only a later input size has come after. Labels are layer names again.
         shapes: tap -> shape of the output without n, in the last run.
+        channels: tap -> the axes of the output (n, ...) that hold its channels, in the last run.
         skipped: "path" or "path:field" -> why that output is no (n, ...) float tensor.
         unreached: selected modules that no run has reached; filled by the first run.
         fault: what was raised while an output was tapped in the last run, by the reducer, the sink
@@ -72,8 +76,14 @@ class Collector:
     """
 
     def __init__(
-        self, model: nn.Module, layers: Layers = None, *, reduce: str | Reducer = "flatten"
+        self,
+        model: nn.Module,
+        layers: Layers = None,
+        *,
+        reduce: str | Reducer = "flatten",
+        layout: str | None = None,
     ):
+        self._layout = layout
         self.model = unwrap(model)
         self._reduce = get_reducer(reduce)
         self._modules, _ = module_paths(self.model)
@@ -83,11 +93,12 @@ class Collector:
             self._wanted.setdefault(selection.path, []).append(selection)
         self.labels: dict[Tap, str] = {}
         self.shapes: dict[Tap, tuple[int, ...]] = {}
+        self.channels: dict[Tap, Axes] = {}
         self.skipped: dict[str, str] = {}
         self.unreached: list[str] = []
         self.fault: Exception | None = None
         self._reached: set[str] = set()
-        self._expected: dict[Hashable, frozenset[Tap]] = {}  # input size -> taps of its first run
+        self._expected: dict[Hashable, dict[Tap, Axes]] = {}  # input size -> taps of its first run
         self._stack: ExitStack | None = None
         self._run: _Run | None = None
 
@@ -142,16 +153,18 @@ class Collector:
         expected = self._expected.get(size)
         run = _Run(images, sink, expected)
         self._run, self.fault = run, None
-        self.shapes = run.shapes
+        self.shapes, self.channels = run.shapes, run.channels
+        if expected is None and self._layout is None:
+            run.tracker = AxisTracker([v for _, v in leaves(x) if isinstance(v, Tensor)])
         try:
-            with torch.no_grad():
+            with torch.no_grad(), run.tracker or nullcontext():
                 output = self.model(x)
         finally:
             self._run = None
         self._finish_run(run)
         if expected is None:
-            self._expected[size] = frozenset(run.shapes)
-        elif missing := expected - run.shapes.keys():
+            self._expected[size] = run.channels
+        elif missing := expected.keys() - run.shapes.keys():
             raise _unsteady(self.labels[min(missing)])
         return output
 
@@ -181,18 +194,24 @@ class Collector:
             if tensor is None:
                 self.skipped.setdefault(_label(at.path, field), reason)
             else:
-                self._emit(run, at._replace(field=field), tensor)
+                tap = at._replace(field=field)
+                if run.expected is None:
+                    known = run.tracker.axes(value) if run.tracker is not None else None
+                    axes = channel_axes(tensor, known, module, self._layout)
+                else:  # a tap that the first run had not is refused
+                    axes = run.expected.get(tap, ())
+                self._emit(run, tap, tensor, axes)
 
-    def _emit(self, run: _Run, tap: Tap, tensor: Tensor) -> None:
+    def _emit(self, run: _Run, tap: Tap, tensor: Tensor, axes: Axes) -> None:
         name = self.labels.get(tap) or _label(tap.path, tap.field, tap.call or None)
         if tap in run.shapes:
             raise ValueError(f"two outputs of one name: layer {name!r}: probe its block instead")
         if run.expected is not None and tap not in run.expected:
             raise _unsteady(name)
-        run.shapes[tap] = tuple(tensor.shape[1:])
+        run.shapes[tap], run.channels[tap] = tuple(tensor.shape[1:]), axes
         try:
-            with _without_autocast(tensor):
-                run.sink(tap, self._reduce(tensor))
+            with _without_autocast(tensor), _inactive(run.tracker):
+                run.sink(tap, self._reduce(tensor, axes))
         except Exception as error:
             named = _with_layer(error, name)
             if named is error:
@@ -225,9 +244,11 @@ class _Run:
 
     images: int
     sink: Sink
-    expected: frozenset[Tap] | None
+    expected: dict[Tap, Axes] | None
     calls: Counter[str] = dataclasses.field(default_factory=Counter)
     shapes: dict[Tap, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    channels: dict[Tap, Axes] = dataclasses.field(default_factory=dict)
+    tracker: AxisTracker | None = None
     fields: defaultdict[str, set[str]] = dataclasses.field(default_factory=lambda: defaultdict(set))
 
     def answers(self, selection: Selection) -> bool:
@@ -277,6 +298,19 @@ def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
+
+
+@contextmanager
+def _inactive(tracker: AxisTracker | None) -> Iterator[None]:
+    """The reducer and the sink are not the network: their operators are not followed."""
+    if tracker is None:
+        yield
+        return
+    tracker.active = False
+    try:
+        yield
+    finally:
+        tracker.active = True
 
 
 def _with_layer(error: Exception, name: str) -> Exception:

@@ -1,5 +1,6 @@
 """MACs of a network, and the table of its layers: parameters, output shapes."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from cka_probe.activations.hooks import Collector, Tap
-from cka_probe.activations.outputs import layout
 
 
 class MacCounter(TorchDispatchMode):
@@ -77,13 +77,13 @@ def layer_table(
         for tap, label in collector.labels.items():
             if tap not in collector.shapes:
                 continue
-            shape = collector.shapes[tap]
-            channels, grid = layout(shape)
+            shape, axes = collector.shapes[tap], [a - 1 for a in collector.channels[tap]]
+            sides = [side for a, side in enumerate(shape) if a not in axes]
             row = table.setdefault(label, {"parameters": _parameters(modules, tap), "views": {}})
             row["views"][view] = {
                 "shape": list(shape),
-                "grid": list(grid) if grid else None,
-                "channels": channels,
+                "grid": sides if len(shape) > 2 else None,
+                "channels": math.prod(shape[a] for a in axes),
             }
     return table
 

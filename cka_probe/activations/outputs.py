@@ -1,36 +1,15 @@
-"""What a module returned: the tensors in it, whether they hold one row an image, their layout."""
+"""What a module returned: the tensors in it, whether they hold one row an image."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["has_time_first", "layout", "leaves", "usable"]
-
-
-def layout(shape: Sequence[int]) -> tuple[int, tuple[int, ...] | None]:
-    """Channels and grid of one image's output, by the rule that `mean` and `grid=K` follow.
-
-    A map is channels first, (c, h, w), unless the two axes before the last are equal and differ
-    from the last: (h, w, c) with h == w != c, as Swin puts out. The rule is about square maps. A
-    map of h != w is therefore always read as channels first, and so is one with h == w == c; pass
-    a callable as the reducer where that is wrong. Three axes and more: (c, t, h, w) the same way.
-
-    Args:
-        shape: the output's shape without its first axis n: (d,), (t, c), (c, h, w) or (h, w, c).
-
-    Returns:
-        (channels, grid): the grid is (h, w), or (t, h, w), and None for (d,) and (t, c).
-    """
-    if len(shape) < 3:
-        return shape[-1], None
-    if shape[-3] == shape[-2] != shape[-1]:
-        return shape[-1], tuple(shape[:-1])
-    return shape[0], tuple(shape[1:])
+__all__ = ["has_time_first", "leaves", "usable"]
 
 
 def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

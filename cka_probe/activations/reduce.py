@@ -9,17 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cka_probe.activations.outputs import layout
+from cka_probe.activations.axes import Axes, channels_to_front
 
 __all__ = ["REDUCERS", "Reducer", "get_reducer", "reducer_name"]
 
 Reducer = Callable[[Tensor], Tensor]
-
-
-def _channels_first(x: Tensor) -> Tensor:
-    """(n, h, w, c) -> (n, c, h, w) where `layout` says so; a view."""
-    _, grid = layout(x.shape[1:])
-    return x if grid is None or grid == x.shape[2:] else x.movedim(-1, 1)
+AxesReducer = Callable[..., Tensor]  # (x, axes=None): `axes` hold the channels of x
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -31,25 +26,37 @@ def _shape(x: Tensor) -> str:
     return f"({', '.join(str(side) for side in x.shape)})"
 
 
-def flatten(x: Tensor) -> Tensor:
+def flatten(x: Tensor, axes: Axes | None = None) -> Tensor:
     """Every number of the output is a feature: (n, ...) -> (n, d); a view where it can be."""
     return x.flatten(1)  # (n, d)
 
 
-def mean(x: Tensor) -> Tensor:
-    """The mean over positions: maps -> (n, c), tokens (n, t, c) -> (n, c), (n, d) unchanged.
+def mean(x: Tensor, axes: Axes | None = None) -> Tensor:
+    """The mean over positions, which are all axes but the images' and the channels': -> (n, c).
 
-    Half precision is summed, and comes out, in float32. `layout` says which axis is c.
+    (n, c, l) of a 1-D convolution, (n, c, h, w) and (n, c, t, h, w) are averaged over all axes
+    after c; tokens (n, t, c) over t; channels last, (n, h, w, c), over h and w; heads
+    (n, heads, t, d) over t, with heads * d channels; (n, d) is unchanged. Half precision is
+    summed, and comes out, in float32.
+
+    Args:
+        x: the output, (n, ...).
+        axes: its channel axes; None: the last of (n, t, c), axis 1 of maps.
     """
     if x.ndim == 2:
         return x
-    if x.ndim == 3:
+    axes = axes or ((2,) if x.ndim == 3 else (1,))
+    if x.ndim == 3 and axes == (2,):
         return _wide(x).mean(1)  # (n, t, c) -> (n, c)
-    return _wide(_channels_first(x)).flatten(2).mean(2)  # (n, c, h, w) -> (n, c)
+    return _wide(channels_to_front(x, axes)).flatten(2).mean(2)  # (n, c, positions) -> (n, c)
 
 
-def tokens(x: Tensor) -> Tensor:
+def tokens(x: Tensor, axes: Axes | None = None) -> Tensor:
     """The mean over tokens, (n, t, c) -> (n, c), for outputs that must be tokens.
+
+    Args:
+        x: the output; whoever says "tokens" says that its last axis holds the channels.
+        axes: not used.
 
     Raises:
         ValueError: the output has not three axes.
@@ -61,17 +68,17 @@ def tokens(x: Tensor) -> Tensor:
     return mean(x)
 
 
-def _grid(side: int) -> Reducer:
+def _grid(side: int) -> AxesReducer:
     """Average pooling to side x side positions, then flattened: (n, c, h, w) -> (n, c*K*K)."""
 
-    def grid(x: Tensor) -> Tensor:
+    def grid(x: Tensor, axes: Axes | None = None) -> Tensor:
         if x.ndim == 2:
             return x
-        if x.ndim != 4:
+        if x.ndim != 4 or len(axes or (1,)) > 1:
             raise ValueError(
                 f"reduce 'grid={side}' needs maps (n, c, h, w): {_shape(x)}: use 'mean'"
             )
-        x = _channels_first(x)
+        x = channels_to_front(x, axes or (1,))
         height, width = x.shape[2:]
         if min(height, width) < side:
             raise ValueError(
@@ -83,7 +90,7 @@ def _grid(side: int) -> Reducer:
     return grid
 
 
-REDUCERS: dict[str, Reducer] = {"flatten": flatten, "mean": mean, "tokens": tokens}
+REDUCERS: dict[str, AxesReducer] = {"flatten": flatten, "mean": mean, "tokens": tokens}
 
 
 def reducer_name(spec: str | Reducer) -> str:
@@ -93,7 +100,7 @@ def reducer_name(spec: str | Reducer) -> str:
     return str(getattr(spec, "__name__", type(spec).__name__))
 
 
-def get_reducer(spec: str | Reducer) -> Reducer:
+def get_reducer(spec: str | Reducer) -> AxesReducer:
     """Look a reducer up, or check one that was given.
 
     Outputs of (n, d) pass through all but `tokens` unchanged.
@@ -103,7 +110,8 @@ def get_reducer(spec: str | Reducer) -> Reducer:
             an output (n, ...) into features (n, d).
 
     Returns:
-        A function (n, ...) -> (n, d). A callable's result is checked at every call.
+        A function (n, ...) -> (n, d), whose second argument says which axes hold the channels. A
+        callable's result is checked at every call; it is not told the axes.
 
     Raises:
         ValueError: the name is not known, or K is not a positive integer.
@@ -129,10 +137,10 @@ def _known() -> str:
     return ", ".join([*(repr(name) for name in sorted(REDUCERS)), "'grid=K'"])
 
 
-def _checked(function: Reducer) -> Reducer:
+def _checked(function: Reducer) -> AxesReducer:
     """A caller's own reducer, whose result must be (n, d)."""
 
-    def reduce(x: Tensor) -> Tensor:
+    def reduce(x: Tensor, axes: Axes | None = None) -> Tensor:
         features = function(x)
         name = reducer_name(function)
         if not isinstance(features, Tensor):

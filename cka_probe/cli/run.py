@@ -58,13 +58,15 @@ def add(commands: Any) -> None:
 
 
 def add_estimator(parser: argparse.ArgumentParser) -> None:
-    """Add --kernel, --bandwidth, --reduce, --estimator, --memory, --sketch and --amp."""
+    """Add --kernel, --bandwidth, --reduce, --layout, --estimator, --memory, --sketch and --amp."""
     group = parser.add_argument_group("kernel and estimator")
     word = group.add_argument
     word("--kernel", default="linear", metavar="K", help="linear (default) or rbf")
     word("--bandwidth", type=float, metavar="F", help="rbf sigma / median distance (default 1)")
     word("--reduce", default="flatten", metavar="R",
          help="flatten (default), mean, grid=K or tokens: how a map becomes features")  # fmt: skip
+    word("--layout", metavar="L", help="where outputs hold their channels: channels_first or "
+         "channels_last; default: followed through the network")  # fmt: skip
     word("--estimator", default="minibatch", metavar="E", help="minibatch (default; memory does "
          "not grow with images), exact (keeps all features in memory), sketch (keeps K numbers a "
          "layer and image) or auto (the closest to exact that fits --memory)")  # fmt: skip
@@ -88,6 +90,7 @@ def shared_options(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "kernel": args.kernel,
         "bandwidth": args.bandwidth,
         "reduce": args.reduce,
+        "layout": args.layout,
         "estimator": args.estimator,
         "memory": args.memory,
         "sketch_size": args.sketch,

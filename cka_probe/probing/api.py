@@ -31,6 +31,7 @@ def probe(
     kernel: str | Block = "linear",
     bandwidth: float | None = None,
     reduce: str | Reducer = "flatten",
+    layout: str | None = None,
     estimator: str = "minibatch",
     batch_size: int = 64,
     n_images: int | None = None,
@@ -73,6 +74,8 @@ def probe(
         kernel: "linear", "rbf", or a callable on centred features.
         bandwidth: RBF sigma as a multiple of the median distance; 1 where None.
         reduce: "flatten", "mean", "grid=K", "tokens", or a callable (n, ...) -> (n, d).
+        layout: where outputs hold their channels: "channels_first", "channels_last", or None to
+            follow it through the network's operators; "mean" and "grid=K" average the other axes.
         estimator: "minibatch" (memory does not grow with images), "exact" (features are kept, so
             that they must fit in `memory`), "sketch" (k numbers of every layer and image are kept),
             or "auto": the closest to `exact` that fits; `meta["estimator_why"]` says why.
@@ -117,7 +120,7 @@ def probe(
     """
     options = ProbeOptions(
         scales=scales, views=views, layers=layers, reference=reference, resize=resize,
-        antialias=antialias, kernel=kernel, bandwidth=bandwidth, reduce=reduce,
+        antialias=antialias, kernel=kernel, bandwidth=bandwidth, reduce=reduce, layout=layout,
         estimator=estimator, batch_size=batch_size, n_images=n_images, seed=seed, mean=mean,
         std=std, device=device, amp=amp, skip_bad=skip_bad, workers=workers, memory=memory,
         sketch_size=sketch_size, out=out, resume=resume,

@@ -43,6 +43,7 @@ def estimate(
     batch_size: int,
     layers: Layers = None,
     reduce: str | Reducer = "flatten",
+    layout: str | None = None,
 ) -> Estimate | None:
     """Forecast the costs of a probe; None where the network cannot be called without data.
 
@@ -52,6 +53,7 @@ def estimate(
         batch_size: images per batch.
         layers: as in `probe`.
         reduce: as in `probe`.
+        layout: as in `probe`.
     """
     macs = 0
     every: list[int] = []
@@ -72,7 +74,7 @@ def estimate(
 
             for module in ghost.modules():
                 module.register_forward_hook(record)
-            with Collector(ghost, layers, reduce=reduce) as collector, counter:
+            with Collector(ghost, layers, reduce=reduce, layout=layout) as collector, counter:
                 # two images: batch norm in training mode refuses one
                 collector.run(torch.empty(2, *shapes[view], device="meta"), sink)
             macs += counter.macs() // 2

@@ -66,6 +66,7 @@ class Forwards:
         stack: the exit stack that removes hooks and moves networks back.
         layers: as in `select_layers`.
         reduce: as in `get_reducer`.
+        layout: as in `Collector`.
         device: the device of the forwards; None for where each network is.
         amp: autocast to bfloat16 for the networks.
         hint: the hint of the error about a size that a network refuses.
@@ -84,6 +85,7 @@ class Forwards:
         *,
         layers: Any = None,
         reduce: Any = "flatten",
+        layout: str | None = None,
         device: Any = None,
         amp: bool = False,
         hint: str = "give images of a size that it takes",
@@ -99,7 +101,7 @@ class Forwards:
         for view, model in models.items():
             if id(model) not in by_model:
                 move_to(model, device, stack)
-                collector = Collector(model, layers, reduce=reduce)
+                collector = Collector(model, layers, reduce=reduce, layout=layout)
                 by_model[id(model)] = stack.enter_context(collector)
             self.collectors[view] = by_model[id(model)]
             self.devices[view] = device_of(model)

@@ -81,6 +81,7 @@ class Loop:
         with ExitStack() as stack:
             forwards = Forwards(
                 models, self.shared, stack, layers=options.layers, reduce=options.reduce,
+                layout=options.layout,
                 device=options.device, amp=options.amp, hint=options.size_hint,
             )  # fmt: skip
             announce()  # layers and devices are known to be good

@@ -58,6 +58,7 @@ def run_fingerprint(
         "kernel": _kernel_name(options.kernel),
         "bandwidth": 1.0 if options.bandwidth is None else options.bandwidth,
         "reduce": described(options.reduce),
+        **({} if options.layout is None else {"layout": options.layout}),
         "estimator": choice.estimator,
         **({"sketch_size": choice.size} if choice.estimator == "sketch" else {}),
         "batch_size": options.batch_size,

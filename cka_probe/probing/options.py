@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cka_probe.activations.axes import LAYOUTS
 from cka_probe.activations.layers import Layers
 from cka_probe.activations.reduce import Reducer
 from cka_probe.engine.kernels import Block, check_bandwidth, get_kernel
@@ -47,6 +48,7 @@ class ProbeOptions:
     kernel: str | Block = "linear"
     bandwidth: float | None = None
     reduce: str | Reducer = "flatten"
+    layout: str | None = None
     estimator: str = "minibatch"
     batch_size: int = 64
     n_images: int | None = None
@@ -75,6 +77,8 @@ class ProbeOptions:
             plain["scales"] = self._with_reference(check_scales(self.scales))
         if self.views is not None:
             plain["views"] = _check_views(self.views)
+        if self.layout not in (None, *LAYOUTS):
+            raise ValueError(f"unknown layout: {self.layout!r:.60}: use {' or '.join(LAYOUTS)}")
         if self.bandwidth is not None:
             plain["bandwidth"] = _number("bandwidth", self.bandwidth)
             check_bandwidth(plain["bandwidth"])

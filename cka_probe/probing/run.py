@@ -120,6 +120,7 @@ class Run:
                 batch_size=self.options.batch_size,
                 layers=self.options.layers,
                 reduce=self.options.reduce,
+                layout=self.options.layout,
             )
         return None
 
