@@ -169,6 +169,7 @@ class Forwards:
             raise _network_error(error, collector.model, x, where, self.hint) from error
         if first:
             self.macs[view] = counter.macs() // n
+            counter.warn_uncounted()
             self.tables[view] = layer_table({view: collector}, {view: unwrap(self.models[view])})
 
     def _check_reached(self) -> None:

@@ -101,6 +101,7 @@ class ShapeProbe:
                 out = self.module(x) if sizes is None else self.module(x, sizes)
         except Exception as error:  # whatever a network raises on a size that it cannot take
             return ProbeResult((), 0, None, one_line(error))
+        counter.warn_uncounted()
         tensor = first_tensor(out)
         carried = getattr(tensor, "cut_sizes", None)
         given = () if tensor is None else tuple(tensor.shape)
