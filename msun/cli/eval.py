@@ -52,6 +52,8 @@ def add(commands: Any) -> None:
     word("--model", metavar="M", help=f"a plain network instead: {MODEL_HELP}; with a checkpoint: "
          "its backbone, where the file has no name for it")  # fmt: skip
     word("--weights", metavar="W", default="DEFAULT", help=WEIGHTS_HELP)
+    word("--trust", action="store_true", help="let a checkpoint run the Python file, or fetch the "
+         "weights, that it names for its backbone (any code may be in it)")  # fmt: skip
     add_model_arg(parser)
     word("--data", required=True, metavar="DIR", help="folder of class folders, or `glyphs`")
     word("--split", metavar="S", help="sub-folder that holds the class folders; glyphs: test "
@@ -151,7 +153,7 @@ def _networks(args: argparse.Namespace) -> dict[str, MSUN | LoadedModel]:
         default = loaded.name + ", upsampled" * (args.feed == "upsampled")
         return dict(zip(_arms(args, [default]), [loaded], strict=True))
     backbone = load(args, "none").model if args.model is not None else None
-    found = [_checkpoint(path, backbone) for path in args.checkpoints]
+    found = [_checkpoint(path, backbone, trust=args.trust) for path in args.checkpoints]
     paths = [Path(path) for path in args.checkpoints]
     stems = [path.stem for path in paths]
     if len(set(stems)) < len(stems):  # runs/lean/model.pt, runs/paper/model.pt
@@ -171,11 +173,11 @@ def _arms(args: argparse.Namespace, names: list[str]) -> list[str]:
     return names
 
 
-def _checkpoint(path: str, backbone: nn.Module | None) -> MSUN:
+def _checkpoint(path: str, backbone: nn.Module | None, *, trust: bool) -> MSUN:
     """A network with the classes and the normalisation of its training."""
     from msun.network import checkpoint
 
-    model = checkpoint.load(path, backbone=backbone)
+    model = checkpoint.load(path, backbone=backbone, trust=trust)
     extra = checkpoint.read(path).get("extra") or {}
     run = extra.get("run") or {}
     known = {"classes": extra.get("classes"), "rows": extra.get("rows"),

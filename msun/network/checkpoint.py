@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -104,6 +105,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"checkpoint of a newer format: {path}: update msun")
     network, state = content.get("network"), content.get("state")
     whole = isinstance(network, dict) and network.keys() >= _KEYS and isinstance(state, dict)
+    whole = whole and isinstance(network["spec"], dict)  # type: ignore[index]
     if not whole or not all(isinstance(x, Tensor) for x in state.values()):  # type: ignore[union-attr]
         raise ValueError(f"checkpoint is incomplete: {path}: save it again")
     return content
@@ -115,6 +117,7 @@ def load(
     backbone: nn.Module | LoadedModel | None = None,
     at: str | None = None,
     scales: Sequence[int] | None = None,
+    trust: bool = False,
 ) -> MSUN:
     """Build the network of a checkpoint and load its weights.
 
@@ -123,18 +126,24 @@ def load(
         backbone: the backbone that the network was built from; None to rebuild it by its name.
         at: the expected cut; None for any.
         scales: the expected scales, sides in pixels; None for any.
+        trust: whether the checkpoint may choose code to run (a Python file that builds the
+            backbone) or files to fetch (pretrained weights). Names of torchvision, timm and this
+            project need no trust.
 
     Returns:
         The network, in eval mode, on the CPU.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an unreadable file, or a checkpoint of another backbone, cut or scales.
+        ValueError: an unreadable file, a checkpoint of another backbone, cut or scales, or one
+            that needs `trust`.
     """
     content = read(path)
     network = content["network"]
     _expect(path, network, at=at, scales=scales)
     if backbone is None:
+        if not trust:
+            _refuse_foreign_code(path, network["spec"])
         backbone = _rebuilt(path, network["spec"])
     inner = unwrap(backbone.model if isinstance(backbone, LoadedModel) else backbone)
     if fingerprint(inner) != network["fingerprint"]:
@@ -223,6 +232,32 @@ def _policy(path: str | os.PathLike[str], network: Mapping[str, Any]) -> Policy:
     except (TypeError, ValueError) as error:
         reason = one_line(error).replace(": ", ", ")
         raise ValueError(f"checkpoint of another policy: {path}, {reason}: update msun") from error
+
+
+# The names that can only stand in a registry of builders: no folder, no file, no hub. All others
+# make `load_model` run a Python file, or timm read a folder or a page of the Hugging Face hub.
+_REGISTERED = re.compile(r"(timm:)?[\w.]+")
+# Keywords of torchvision (weights, weights_backbone, pretrained) and timm (pretrained,
+# pretrained_cfg, checkpoint_path, cache_dir) with which a builder fetches or reads a file.
+_FETCHES = re.compile(r"pretrained|weights|checkpoint|url|file|_dir", re.IGNORECASE)
+
+
+def _refuse_foreign_code(path: str | os.PathLike[str], spec: Mapping[str, Any]) -> None:
+    """Refuse a backbone whose rebuilding runs code or fetches files that the checkpoint chose."""
+    hint = "give backbone= (--model), or trust=True (--trust) if you know where it comes from"
+    name, args = spec.get("name"), spec.get("model_args") or {}
+    if name and not (isinstance(name, str) and _REGISTERED.fullmatch(name)):
+        raise ValueError(f"checkpoint names code to run: {name!r:.200} of {path}: {hint}")
+    # init_weights of torchvision's Inception and GoogLeNet draws random weights
+    fetching = [
+        f"{key}={value!r:.80}"
+        for key, value in dict(args).items()
+        if _FETCHES.search(str(key)) and key != "init_weights" and value not in (None, False)
+    ]
+    if fetching:
+        raise ValueError(
+            f"checkpoint names weights to fetch: {', '.join(fetching)} of {path}: {hint}"
+        )
 
 
 def _rebuilt(path: str | os.PathLike[str], spec: Mapping[str, Any]) -> LoadedModel:

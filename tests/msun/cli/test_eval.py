@@ -242,3 +242,17 @@ def test_an_existing_evaluation_stays(place, tmp_path, capsys):
     assert (tmp_path / "evaluation.csv").read_bytes() != before
     (tmp_path / "file").write_text("x")
     assert "output is not a folder" in refused(capsys, run(place, tmp_path / "file"), None)
+
+
+def test_a_checkpoint_that_names_a_python_file_needs_trust(place, tmp_path, capsys):
+    spec = {"name": f"{place / 'net.py'}:net", "model_args": {}}
+    made = build(load_model(spec["name"]).model, "2", [8, 16], spec=spec)
+    (place / "named").mkdir()
+    save(made, place / "named" / "model.pt")
+    words = {"checkpoints": ("named",), "model": False, "sizes": "8"}
+    assert run(place, tmp_path / "out", **words) == 2
+    assert not (tmp_path / "out").exists()
+    error = capsys.readouterr().err
+    assert error.startswith("msun: checkpoint names code to run: ")
+    assert "(--trust)" in error
+    assert run(place, tmp_path / "out", "--trust", "--quiet", **words) == 0

@@ -252,3 +252,58 @@ def test_padding_of_timm_is_told_apart(tmp_path):
     path = checkpoint.save(net, tmp_path / "net.pt")
     with pytest.raises(ValueError, match="checkpoint for another backbone"):
         msun.load(path, backbone=timm.create_model(name))
+
+
+def renamed(path, saved, **spec):
+    """The saved network with another description of its backbone."""
+    content = torch.load(saved[1], weights_only=True)
+    content["network"]["spec"].update(spec)
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["{}/net.py:make", "timm:hf-hub:some/net", "timm:local-dir:{}"])
+def test_code_that_a_checkpoint_names_needs_trust(saved, tmp_path, name):
+    made = "from cka_probe.models.embedded import glyphnet as make\n"
+    (tmp_path / "net.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n{made}")
+    name = name.format(tmp_path)
+    path = renamed(tmp_path / "net.pt", saved, name=name, model_args={})
+    with pytest.raises(ValueError, match=r"^checkpoint names code to run: .*trust=True") as caught:
+        msun.load(path)
+    assert repr(name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+    msun.load(path, backbone=glyphnet())
+    assert not (tmp_path / "ran").exists()
+    if name.endswith(":make"):
+        msun.load(path, trust=True)
+        assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("resnet18", {"weights": "DEFAULT"}),
+        ("fcn_resnet50", {"weights_backbone": "DEFAULT"}),
+        ("timm:resnet18", {"pretrained": True}),
+        ("timm:resnet18", {"pretrained_cfg": {"url": "https://example.org/w.pt"}}),
+        ("timm:resnet18", {"checkpoint_path": "w.pt"}),
+    ],
+    ids=str,
+)
+def test_weights_that_a_checkpoint_names_need_trust(saved, tmp_path, monkeypatch, name, args):
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_, **__: pytest.fail("a model was built"))
+    path = renamed(tmp_path / "net.pt", saved, name=name, model_args=args)
+    (key,) = args
+    with pytest.raises(ValueError, match=rf"^checkpoint names weights to fetch: {key}=.*trust="):
+        msun.load(path)
+
+
+def test_arguments_that_fetch_nothing_need_no_trust(tmp_path):
+    args = {"weights": None, "num_classes": 4}
+    model = torchvision.models.squeezenet1_1(**args).eval()
+    spec = {"name": "squeezenet1_1", "model_args": args}
+    net = msun.build(model, "features.4", (32, 64), spec=spec)
+    back = msun.load(msun.save(net, tmp_path / "net.pt"))
+    with torch.no_grad():
+        assert torch.equal(back(noise(1, 32)), net(noise(1, 32)))
