@@ -1,6 +1,9 @@
 """The experiment on scales in small: it stops, goes on, counts its MACs and draws from its CSVs."""
 
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from msun.training.step import TrainingStep
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("at_the_root")
 
 
@@ -170,12 +174,19 @@ def test_a_rate_is_read_off_runs_of_its_family_budget_seed_and_the_usual_cut(tmp
 
 
 def test_two_processes_share_the_runs_and_neither_loses_a_row(tmp_path):
-    import multiprocessing
-
     from experiments.scales.ledger import Ledger
 
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        pool.starmap(_add, [(str(tmp_path), k) for k in (0, 1)])
+    code = (
+        "import sys; from pathlib import Path; from experiments.scales.ledger import Ledger\n"
+        "for i in range(40):\n"
+        "    row = {'key': f'{sys.argv[2]}-{i}', 'view': '8'}\n"
+        "    Ledger(Path(sys.argv[1])).add('runs', [row])"
+    )
+    both = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(k)], cwd=ROOT)
+        for k in (0, 1)
+    ]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
     frame = Ledger(tmp_path).read("runs")
     assert sorted(frame["key"]) == sorted(f"{k}-{i}" for k in (0, 1) for i in range(40))
 
@@ -197,17 +208,6 @@ def test_long_tables_are_kept_in_files_that_stay_small(tmp_path):
     kept = [path for path in HERE.rglob("*") if path.is_file()]
     assert max(path.stat().st_size for path in kept) < 1_000_000
     assert len(Ledger(HERE / "results", tmp_path / "lock").paths("runs")) > 5
-
-
-def _add(folder, k):
-    import pathlib
-    import sys
-
-    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
-    from experiments.scales.ledger import Ledger
-
-    for i in range(40):
-        Ledger(pathlib.Path(folder)).add("runs", [{"key": f"{k}-{i}", "view": "8"}])
 
 
 def test_what_is_in_hand_elsewhere_is_left_alone_and_rates_come_first(tmp_path, monkeypatch):

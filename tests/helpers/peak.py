@@ -8,6 +8,7 @@ Prints JSON: peak (bytes), what meta says, how long it took.
 import json
 import resource
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -33,13 +34,30 @@ class Images(torch.utils.data.Dataset):
         return nn.functional.interpolate(coarse, self.side)[0] + noise, 0
 
 
-def peak_bytes():
-    """The most memory that this program held; not what it was forked from, as getrusage counts."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
+class Peak(threading.Thread):
+    """The most memory of its own that this program held, sampled every millisecond.
+
+    Pages of shared libraries do not count: how many of them lie in memory depends on what other
+    programs have read, and the kernel's own high-water mark (VmHWM) counts them.
+    """
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.done, self.most = threading.Event(), 0
+
+    def run(self):
+        page, file = resource.getpagesize(), Path("/proc/self/statm")
+        if not file.exists():  # not Linux: the high-water mark, at the end
+            return
+        while not self.done.wait(0.001):
+            _, resident, shared, *_ = file.read_text().split()
+            self.most = max(self.most, (int(resident) - int(shared)) * page)
+
+    def stop(self):
+        """The peak in bytes."""
+        self.done.set()
+        self.join()
+        return self.most or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def network(width, layers):
@@ -58,6 +76,8 @@ def main():
     n, side, estimator = ask.pop("n"), ask.pop("side"), ask.pop("estimator")
     images, net = Images(n, side), network(ask.pop("width"), ask.pop("layers")).eval()
     batch, began, meta, said = ask.pop("batch_size"), time.perf_counter(), {}, []
+    peak = Peak()
+    peak.start()
     if estimator is None:
         with torch.inference_mode():
             for start in range(0, n, batch):
@@ -69,10 +89,9 @@ def main():
             net, images, layers=names, estimator=estimator, batch_size=batch, progress=False,
             say=said.append, **ask,
         ).meta  # fmt: skip
-    peak = peak_bytes()
     kept = {key: meta.get(key) for key in ("estimator", "estimator_why", "n_images")}
     seconds = time.perf_counter() - began
-    print(json.dumps({"peak": peak, "seconds": seconds, "said": said, **kept}))
+    print(json.dumps({"peak": peak.stop(), "seconds": seconds, "said": said, **kept}))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,11 @@ def measured(estimator, **ask):
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
+        # glibc gives back at once what is freed: the peak is that of the program, and not of what
+        # the allocator happens to keep
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     done = subprocess.run(
