@@ -13,10 +13,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["OTHER_MODEL", "Checkpoint", "check_finite", "fit", "read_weights"]
+__all__ = ["OTHER_MODEL", "Checkpoint", "check_finite", "check_values", "fit", "read_weights"]
 
 OTHER_MODEL = "check --model and --model-arg"
 _NESTED = ("state_dict", "model", "model_state_dict")
+# Types that state the number itself. Narrower floats (float8, float4) come with a scale elsewhere.
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _WRAPPED = re.compile(r"^((module|_orig_mod)\.)+")  # DataParallel, torch.compile
 
 
@@ -101,7 +103,8 @@ def fit(model: nn.Module, file: Checkpoint, name: str) -> None:
         name: the network's, for the message.
 
     Raises:
-        ValueError: missing or unexpected keys, or other shapes, with the first of each.
+        ValueError: missing or unexpected keys, or other shapes, with the first of each; tensors
+            that hold codes or no numbers.
     """
     own = {key: x for key, x in model.state_dict().items() if isinstance(x, Tensor)}
     new, counted = file.state, ".num_batches_tracked"  # eval does not count, old files do not
@@ -116,7 +119,45 @@ def fit(model: nn.Module, file: Checkpoint, name: str) -> None:
     if faults:
         text = f"{file.name!r} for {name!r} has {', '.join(faults)}: {OTHER_MODEL}"
         raise ValueError(f"weights do not fit: {text}")
+    check_values(own, new, repr(file.name))
     model.load_state_dict(new, strict=False)
+
+
+def check_values(own: Mapping[str, Tensor], new: Mapping[str, Tensor], label: str) -> None:
+    """Refuse tensors that are no values of the network's: torch would cast them without a word.
+
+    Args:
+        own: the network's tensors by key.
+        new: those of a file, of the same shapes.
+        label: how the message names the file.
+
+    Raises:
+        ValueError: the first tensor that is quantised, integer or of 8 bits where the network has
+            floats, sparse, without data (meta), or complex for real.
+    """
+    faults = {key: _fault(x, new[key]) for key, x in own.items() if key in new}
+    found = [key for key, fault in faults.items() if fault]
+    if found:
+        text = f"{found[0]!r} of {label} is {faults[found[0]]} ({len(found)} of {len(new)} tensors)"
+        hint = "save the weights as dense floats, before they are quantised"
+        raise ValueError(f"weights are no plain numbers: {text}: {hint}")
+
+
+def _fault(own: Tensor, new: Tensor) -> str:
+    """What keeps a tensor from being loaded as the network's own; empty where nothing does."""
+    if new.is_quantized and not own.is_quantized:
+        return f"quantised, {new.dtype}"
+    if new.layout not in (torch.strided, own.layout):
+        return f"sparse, {new.layout}"
+    if new.is_meta:
+        return "on the meta device, without data"
+    if own.dtype in _FLOATS:
+        return "" if new.dtype in _FLOATS else f"{new.dtype} for {own.dtype}"
+
+    def kind(x: Tensor) -> tuple[bool, ...]:
+        return x.is_floating_point(), x.is_complex(), x.dtype == torch.bool
+
+    return "" if kind(own) == kind(new) else f"{new.dtype} for {own.dtype}"
 
 
 def check_finite(model: nn.Module, label: str) -> None:

@@ -16,6 +16,7 @@ from cka_probe.activations.layers import unwrap
 from cka_probe.errors import one_line
 from cka_probe.io import plain, replacing
 from cka_probe.models.load import LoadedModel, load_model
+from cka_probe.models.weights import check_values
 from msun.network.builder import build, fingerprint
 from msun.network.classifier import replace_classifier
 from msun.network.model import MSUN
@@ -277,6 +278,8 @@ def _rebuilt(path: str | os.PathLike[str], spec: Mapping[str, Any]) -> LoadedMod
 
 def _fill(model: MSUN, state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Load the tensors, with an error of one line."""
+    own = {key: x for key, x in model.state_dict().items() if isinstance(x, Tensor)}
+    check_values(own, state, repr(str(path)))
     try:
         model.load_state_dict(dict(state))
     except RuntimeError as error:

@@ -129,3 +129,44 @@ def test_safetensors_may_state_the_normalisation(net, state, tmp_path):
         save_file(state, tmp_path / "w.safetensors", metadata)
         loaded = load_model(net, tmp_path / "w.safetensors")
         assert (loaded.mean[0], loaded.preprocessing) == (mean, origin)
+
+
+CODES = {
+    "int8": lambda x: (x * 100).to(torch.int8),
+    "uint8": lambda x: (x * 100).to(torch.uint8),
+    "int64": lambda x: (x * 100).long(),
+    "bool": lambda x: x > 0,
+    "float8_e4m3fn": lambda x: x.to(torch.float8_e4m3fn),
+    "complex64": lambda x: x.to(torch.complex64),
+    "sparse_coo": lambda x: x.to_sparse(),
+    "sparse_csr": lambda x: x.to_sparse_csr(),
+    "meta": lambda x: x.to("meta"),
+    "qint8": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch calls sparse CSR a beta, and quantised tensors old
+@pytest.mark.parametrize("kind", CODES)
+def test_codes_are_no_weights(net, state, tmp_path, kind):
+    state["2.weight"] = CODES[kind](state["2.weight"])
+    text = refused(net, save(state, tmp_path / "w.pt"))
+    assert text.startswith("weights are no plain numbers: '2.weight' of 'w.pt' is ")
+    assert kind in text
+    assert text.endswith(f"(1 of {len(state)} tensors): save the weights as dense floats, "
+                         "before they are quantised")  # fmt: skip
+
+
+def test_counts_and_indices_keep_their_kind(net, state, tmp_path):
+    key = next(key for key in state if key.endswith("num_batches_tracked"))
+    narrow = {**state, key: state[key].to(torch.int32)}
+    assert same(load_model(net, save(narrow, tmp_path / "w.pt")).model, state)
+    text = refused(net, save({**state, key: torch.tensor(1.5)}, tmp_path / "w.pt"))
+    assert f"{key!r} of 'w.pt' is torch.float32 for torch.int64" in text
+
+
+def test_double_and_bfloat16_weights_load(net, state, tmp_path):
+    for dtype, off in ((torch.float64, 0), (torch.bfloat16, 1e-2)):
+        other = {k: x.to(dtype) if x.is_floating_point() else x for k, x in state.items()}
+        model = load_model(net, save(other, tmp_path / "w.pt"), seed=1).model
+        for key, value in model.state_dict().items():
+            torch.testing.assert_close(value, state[key], atol=off, rtol=off)

@@ -307,3 +307,12 @@ def test_arguments_that_fetch_nothing_need_no_trust(tmp_path):
     back = msun.load(msun.save(net, tmp_path / "net.pt"))
     with torch.no_grad():
         assert torch.equal(back(noise(1, 32)), net(noise(1, 32)))
+
+
+def test_codes_in_a_checkpoint_are_no_weights(saved, tmp_path):
+    content = torch.load(saved[1], weights_only=True)
+    key = next(key for key, x in content["state"].items() if x.ndim == 4)
+    content["state"][key] = (content["state"][key] * 100).to(torch.int8)
+    torch.save(content, tmp_path / "net.pt")
+    with pytest.raises(ValueError, match=rf"^weights are no plain numbers: {key!r} of .*int8"):
+        msun.load(tmp_path / "net.pt")
