@@ -17,7 +17,7 @@ def one_line(error: BaseException) -> str:
         "no such file or directory", "image file is truncated", "KeyError ('x')".
     """
     if isinstance(error, UnidentifiedImageError):
-        return "no JPEG, PNG, WebP, BMP, TIFF or GIF image"
+        return "no image that Pillow reads"
     if isinstance(reason := getattr(error, "reason", None), OSError):  # URLError
         return one_line(reason)
     if isinstance(error, OSError) and error.strerror:

@@ -33,6 +33,7 @@ def provenance_lines(report: Report) -> list[tuple[str, str]]:
         ("data", _in_words(run.get("images"))),
         ("images", str(meta.get("n_images", ""))),
         ("left out", join_names(meta.get("left_out"))),
+        ("files left out", meta.get("files_left_out")),
         ("views", _views(run.get("views"))),
         ("reference view", report.reference),
         ("resize", _resize(meta)),

@@ -1,7 +1,6 @@
 """One file, PIL image or dataset item -> one float tensor: the protocol before any resize."""
 
 import contextlib
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,13 +22,13 @@ __all__ = [
     "float_images",
     "from_item",
     "from_pil",
-    "image_files",
+    "readable_formats",
 ]
 
-_EXTENSIONS = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-)
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+# What Pillow lists but does not draw: EPS runs Ghostscript, the others are stubs without pixels.
+_UNDRAWN = frozenset({"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "WMF"})
+# Formats whose first bytes tell them apart: files are read as one of these whatever their ending.
+_SIGNED = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 SKIP = "use skip_bad=True (--skip-bad) to go on without such files"
 _INTEGER = "convert them, x.float() / 255, and give mean= and std= if the network wants them"
 _WANTED = (
@@ -74,48 +73,14 @@ def _reading(label: str) -> Iterator[None]:
         raise _unreadable(label, error) from error
 
 
-def image_files(root: Path) -> list[str]:
-    """Relative POSIX paths of the image files under a folder, sorted; hidden names are ignored.
-
-    Links are followed, but never in a circle. A broken link counts as a file, so that it is named.
-
-    Args:
-        root: the folder, flat or nested.
-
-    Returns:
-        ["cat/1.jpg", "dog/2.PNG"].
-
-    Raises:
-        ValueError: it is missing, a file, cannot be listed, or has no images.
-    """
-    if not root.is_dir():
-        what = "not a folder" if root.exists() else "no such folder"
-        raise ValueError(f"{what}: {str(root)!r}: give the folder that holds the images")
-    try:
-        found = sorted(_walk(root, "", ()))
-    except OSError as error:
-        reason = f"{one_line(error)}; check its permissions"
-        raise ValueError(f"cannot list folder: {str(root)!r}: {reason}") from error
-    if not found:
-        endings = " ".join(sorted(_EXTENSIONS))
-        raise ValueError(f"no images in folder: {str(root)!r}: give one with {endings} files")
-    return found
-
-
-def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    """Image files in the order of the disk; `above` is (device, inode) of the folders above."""
-    status = folder.stat()
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _walk(folder / entry.name, f"{prefix}{entry.name}/", (*above, here))
-            elif Path(entry.name).suffix.lower() in _EXTENSIONS:
-                yield prefix + entry.name
+def readable_formats() -> dict[str, str]:
+    """Endings of image files -> formats, as the installed Pillow and its plugins read them."""
+    Image.init()
+    return {
+        ending: format
+        for ending, format in Image.registered_extensions().items()
+        if (format in Image.OPEN and format not in _UNDRAWN) or format == "MPO"  # a JPEG inside
+    }
 
 
 def decode_image(path: Path, label: str) -> Tensor:
@@ -134,7 +99,9 @@ def decode_image(path: Path, label: str) -> Tensor:
         ImageError: the file is missing, truncated, no image, or larger than Pillow's safety limit
             (`2 * PIL.Image.MAX_IMAGE_PIXELS`).
     """
-    with _reading(label), Image.open(path, formats=_FORMATS) as image:
+    # Other formats by their ending alone: some have no signature, and broken files would pass.
+    formats = {*_SIGNED, readable_formats().get(path.suffix.lower(), "JPEG")} & Image.OPEN.keys()
+    with _reading(label), Image.open(path, formats=sorted(formats)) as image:
         return _pixels(image)
 
 
@@ -249,23 +216,26 @@ def _pixels(image: Image.Image) -> Tensor:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         return _grey(np.asarray(image).astype(np.float32) / np.float32(65535))
-    if image.mode == "I":
-        return _grey(_scaled(np.asarray(image), (65535,)))
-    if image.mode == "F":
-        return _grey(_scaled(np.asarray(image), (1, 255)))
+    if image.mode in ("I", "F"):
+        return _grey(_scaled(np.asarray(image), 65535 if image.mode == "I" else 1))
     if image.mode == "La":
         image = image.convert("LA")
     rgb = torch.from_numpy(np.array(image.convert("RGB")))  # (h, w, 3) uint8
     return rgb.permute(2, 0, 1).contiguous().float().div_(255)  # (3, h, w)
 
 
-def _scaled(values: NDArray[Any], whites: tuple[int, ...]) -> NDArray[np.float32]:
-    """Divide by the first white level that holds every value: 32-bit modes do not state theirs."""
+def _scaled(values: NDArray[Any], white: int) -> NDArray[np.float32]:
+    """Divide by the white level; 32-bit files state none, and a guess for each would split a set.
+
+    Args:
+        values: (h, w).
+        white: 65535 of integers, as Pillow scales 16-bit files to it; 1 of floats.
+    """
     low, high = float(values.min()), float(values.max())
-    for white in whites:
-        if low >= 0 and high <= white:
-            return (values / white).astype(np.float32)
-    raise ValueError(f"32-bit values {low:g} to {high:g} lie outside 0..{whites[-1]}")
+    if low >= 0 and high <= white:
+        return (values / white).astype(np.float32)
+    hint = "divide the whole set by its white level, or save it as 8 or 16 bits"
+    raise ValueError(f"32-bit values {low:g} to {high:g} lie outside 0..{white}; {hint}")
 
 
 def _grey(values: NDArray[np.float32]) -> Tensor:

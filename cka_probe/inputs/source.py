@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import os
 import random
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ from torch.utils.data import IterableDataset
 
 from cka_probe.inputs import decode
 from cka_probe.inputs.decode import ImageError
+from cka_probe.inputs.folders import list_folder
 from cka_probe.io import digest
 from cka_probe.progress import progress_bar
 from cka_probe.rng import seeded
@@ -58,11 +60,13 @@ class Source(ABC):
         name: base name, class name or "tensor 8x3x32x32"; never an absolute path.
         ids: the name of each image in messages: a relative POSIX path, or its index as text.
         is_pixels: True for RGB in 0..1, to be normalised; False for tensors, used as they are.
+        skipped: which files of a folder were not read, in one line; empty where all were.
     """
 
     name: str
     ids: list[str]
     is_pixels: bool
+    skipped: str = ""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -113,7 +117,15 @@ class Files(Source):
     def __init__(
         self, root: Path, n_images: int | None, seed: int, least: int = MIN_IMAGES
     ) -> None:
-        ids = decode.image_files(root)
+        found = list_folder(root)
+        ids, self.skipped = found.images, found.skipped()
+        if unread := found.unread_images():
+            more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+            warnings.warn(
+                f"images left out: {unread[0]!r}{more} in {str(root)!r}: Pillow does not read that "
+                "kind here: convert them, or register a plugin such as pillow-heif",
+                stacklevel=2,
+            )
         self.root = root
         self.name = (root if root.name not in ("", "..") else root.resolve()).name or root.anchor
         self.ids = [ids[k] for k in subset(len(ids), n_images, seed, str(root), least)]

@@ -167,6 +167,8 @@ class Run:
             return
         n, options = len(self.source), self.options
         self.say(f"{n} images of {self.source.name}, views {', '.join(self.transforms)}")
+        if self.source.skipped:
+            self.say(f"files left out: {self.source.skipped}")
         if options.estimator == AUTO:
             self.say(f"auto: {self.choice.estimator}, as {self.choice.why}")
         cost = self.forecast
@@ -246,6 +248,7 @@ class Run:
             "unbiased": True,
             "run": self.fingerprint,
             "left_out": loop.left_out,
+            "files_left_out": self.source.skipped,
             "left_out_readable": loop.too_few,
             "unreached": results.unreached,
             "skipped": results.skipped,

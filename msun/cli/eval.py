@@ -141,6 +141,8 @@ def execute(args: argparse.Namespace) -> None:
         written = sorted(path.name for path in temporary.iterdir())
     if not args.quiet:
         _print_table(frame, len(source), source.name)
+        if source.skipped:
+            print(f"files left out: {source.skipped}\n")
         print(f"wrote {args.out}/: {', '.join(written)}")
 
 

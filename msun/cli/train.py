@@ -134,6 +134,8 @@ def execute(args: argparse.Namespace) -> None:
     choice = None
     if not is_embedded(data):
         data = open_labelled(Path(data), split=args.split, n_images=args.n_images, seed=args.seed)
+        if talks and data.skipped:
+            print(f"files left out: {data.skipped}", flush=True)
     elif args.split not in (None, "train"):
         raise ValueError(f"glyphs to train on are the split 'train': {args.split!r}: leave it out")
     if args.at == AUTO:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cka_probe.inputs import decode, glyphs
+from cka_probe.inputs.folders import is_left_behind, list_folder
 from cka_probe.inputs.source import Files, Items, check_numbered, stacked_name, subset
 from cka_probe.models.preprocessing import IMAGENET
 
@@ -36,11 +37,13 @@ class Labelled(ABC):
         is_pixels: True for RGB in 0..1, to be normalised; False for tensors, used as they are.
         mean: channel means to normalise with if nothing else is stated; None for tensors.
         std: channel standard deviations, likewise.
+        skipped: which files of a folder were not read, in one line; empty where all were.
     """
 
     name: str
     classes: tuple[str, ...]
     is_pixels: bool
+    skipped: str = ""
 
     @property
     def mean(self) -> tuple[float, ...] | None:
@@ -111,10 +114,10 @@ class _Folder(Labelled):
     def __init__(self, root: Path, split: str | None, n_images: int | None, seed: int) -> None:
         root = root if split is None else _split_folder(root, split)
         self._files = Files(root, n_images, seed, least=1)
-        self.name = self._files.name
-        folders = [e.name for e in root.iterdir() if e.is_dir() and not e.name.startswith(".")]
+        self.name, self.skipped = self._files.name, self._files.skipped
+        folders = [e.name for e in root.iterdir() if e.is_dir() and not is_left_behind(e.name)]
         self.classes = tuple(sorted(folders))
-        if loose := [name for name in decode.image_files(root) if "/" not in name]:
+        if loose := [name for name in list_folder(root).images if "/" not in name]:
             text = f"{loose[0]!r} in {str(root)!r}"
             raise ValueError(f"image outside any class: {text}: {_SOURCES}")
         if {name.lower() for name in self.classes} <= _SPLIT_NAMES:
