@@ -57,7 +57,9 @@ def cka(
         CKA; nan, with a `DegenerateWarning`, where a side is constant.
 
     Raises:
-        ValueError: unequal n, n < 4, not 2-D, NaN or Inf, unknown kernel.
+        ValueError: unequal n, n < 4, not 2-D, NaN or Inf, masked values, frames whose rows are
+            named differently, unknown kernel.
+        TypeError: no real numbers, sparse, quantised or meta tensors.
 
     >>> import numpy as np
     >>> x = np.random.default_rng(0).normal(size=(100, 8))
@@ -104,7 +106,7 @@ def cka_matrix(
         raise ValueError("no features: {}: give at least one name and its (n, d) features")
     result = _exact(features, kernel, unbiased, bandwidth, seed)
     names = [str(k) for k in result.keys]
-    n = next(iter(features.values())).shape[0]
+    n = len(next(iter(features.values())))
     meta = {
         "estimator": "exact",
         "kernel": get_kernel(kernel).name,
@@ -158,6 +160,11 @@ def cka_loss(
     >>> round(float(cka_loss(x, 2.0 * x + 1.0)), 4)
     1.0
     """
+    for name, z in (("x", x), ("y", y)):
+        if not isinstance(z, Tensor):
+            kind = type(z).__name__
+            raise TypeError(f"features are no tensor: {name!r} is {kind}: give tensors, or use cka")
+        _check_plain(name, z)
     if x.ndim != 2 or y.ndim != 2 or x.shape[0] != y.shape[0]:
         shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
         raise ValueError(f"features do not pair: {shapes}: give (n, p) and (n, q), the same images")
@@ -268,9 +275,23 @@ def as_features(name: str, x: Features) -> Tensor:
     """Features as a (n, d) float tensor.
 
     Raises:
-        ValueError: not 2-D. TypeError: not numbers.
+        ValueError: not 2-D, or values that a mask hides. TypeError: not numbers.
     """
-    tensor = x.detach() if isinstance(x, Tensor) else _from_array(np.asarray(x))
+    if np.ma.is_masked(x):
+        count = f"{int(np.ma.getmaskarray(np.ma.asarray(x)).sum())} values in {name!r}"
+        raise ValueError(f"features are masked: {count}: leave those images out of every side")
+    if isinstance(x, Tensor):
+        _check_plain(name, x)
+        tensor = x.detach()
+    else:
+        try:
+            array = np.asarray(x)
+        except ValueError as error:  # lists of unequal lengths
+            raise TypeError(f"features are no array: {name!r}: give (n, d) floats") from error
+        if array.dtype.kind not in "fiubc":  # frames with text, scipy's sparse arrays
+            found = f"{type(x).__name__} of {array.dtype}"
+            raise TypeError(f"features are no numbers: {name!r} is {found}: give (n, d) floats")
+        tensor = _from_array(array)
     if tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"features are not real numbers: {name!r} is {tensor.dtype}: give floats")
     if tensor.ndim != 2:
@@ -281,6 +302,42 @@ def as_features(name: str, x: Features) -> Tensor:
     if not tensor.is_floating_point():
         return tensor.double()
     return tensor if tensor.dtype.itemsize > 1 else tensor.float()  # no sums in eight bits
+
+
+def check_rows(features: Mapping[str, Features]) -> None:
+    """Refuse frames whose rows are named differently: rows are compared by their place.
+
+    Args:
+        features: name -> features; only pandas objects name their rows.
+
+    Raises:
+        ValueError: two of them name other rows, or the same in another order.
+    """
+    first: tuple[str, Any] | None = None
+    for name, x in features.items():
+        index = getattr(x, "index", None)
+        if index is None or not hasattr(index, "equals") or not hasattr(x, "iloc"):
+            continue
+        if first is None:
+            first = name, index
+        elif len(index) == len(first[1]) and not index.equals(first[1]):
+            if index.inferred_type != first[1].inferred_type:
+                continue  # file names here, mere numbers there: nothing to compare
+            row = int(np.argmax(np.asarray(index != first[1])))
+            hint = "give the rows in one order, or .to_numpy() if they are the same images"
+            text = f"row {row} is '{first[1][row]}' in {first[0]!r}, '{index[row]}' in {name!r}"
+            raise ValueError(f"rows are named differently: {text}: {hint}")
+
+
+def _check_plain(name: str, x: Tensor) -> None:
+    """Refuse tensors without dense numbers.
+
+    Raises:
+        TypeError: sparse, quantised, or on the meta device.
+    """
+    if x.layout != torch.strided or x.is_meta or x.is_quantized:
+        kind = "quantised" if x.is_quantized else "without data" if x.is_meta else x.layout
+        raise TypeError(f"features are no plain tensor: {name!r} is {kind}: give dense floats")
 
 
 def _from_array(x: npt.NDArray[Any]) -> Tensor:
@@ -309,6 +366,7 @@ def _exact(
         bandwidth_images=None,
         groups=EXACT_GROUPS if error_bars else 1,
     )
+    check_rows(features)
     names = list(features)
     n, order = -1, torch.empty(0, dtype=torch.long)
     for name in names:

@@ -20,6 +20,7 @@ __all__ = [
     "Transform",
     "View",
     "apply_view",
+    "check_range",
     "check_reference",
     "check_scales",
     "parse_scales",
@@ -88,6 +89,39 @@ class View:
         mean = torch.tensor(self.mean, dtype=image.dtype).view(-1, 1, 1)
         std = torch.tensor(self.std, dtype=image.dtype).view(-1, 1, 1)
         return (image - mean).div_(std)
+
+
+def check_range(
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    image: Tensor | None,
+) -> None:
+    """Refuse a mean and std of another range than the images': of 0..255 for pixels of 0..1.
+
+    Args:
+        mean: channel means; None where nothing is normalised.
+        std: channel standard deviations.
+        image: an image (c, h, w) before the transform; None for pixels, which are 0..1.
+
+    Raises:
+        ValueError: the ranges differ, as far as means and this image tell.
+    """
+    if mean is None or std is None:
+        return
+    low, high = (0.0, 1.0) if image is None else (float(image.min()), float(image.max()))
+    # Means of numbers in 0..1 lie there. Their stds are below 0.5 and those of bytes above 20; 10
+    # leaves a freely chosen divisor its room.
+    of_bytes = max(mean) > 1 or max(std) > 10
+    shown = f"mean {max(mean):g}, std {max(std):g}"
+    if of_bytes and low >= 0 and high <= 1:
+        hint = "divide both by 255"
+        raise ValueError(f"mean and std are not of 0..1: {shown}, images of 0..1: {hint}")
+    if image is None and min(mean) < 0:
+        raise ValueError(f"mean is not of 0..1: {min(mean):g}, images of 0..1: give their means")
+    # 2: numbers of 0..1 may have been sharpened or brightened a little beyond 1
+    if not of_bytes and low >= 0 and high > 2:
+        hint = "divide the images by their white level (255), or multiply both by it"
+        raise ValueError(f"images are not of 0..1: up to {high:g}, {shown}: {hint}")
 
 
 def _channels(what: str, values: Any) -> tuple[float, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cka_probe.activations.hooks import Tap
 from cka_probe.activations.layers import unwrap
@@ -20,7 +20,15 @@ from cka_probe.engine.memory import free_memory, readable
 from cka_probe.functional import warn_degenerate
 from cka_probe.inputs.batches import Source, open_images, plan
 from cka_probe.inputs.decode import ImageError
-from cka_probe.inputs.views import NATIVE, Transform, apply_view, scale_transforms, view_transforms
+from cka_probe.inputs.views import (
+    NATIVE,
+    Transform,
+    View,
+    apply_view,
+    check_range,
+    scale_transforms,
+    view_transforms,
+)
 from cka_probe.io import plain
 from cka_probe.models.preprocessing import channel_constants
 from cka_probe.probing.choose import AUTO, ESTIMATORS, Choice, check_exact_fits, choose_estimator
@@ -75,6 +83,7 @@ class Run:
         self.plan = plan(len(self.source), options.batch_size)
         self.models, self.transforms, self.reference = _resolve_views(model, options, self.source)
         # every rank has its own free memory: the choice of rank 0 holds
+        self._check_ranges()
         self.choice: Choice = self.ranks.agree(self._choose())
         self.fingerprint = run_fingerprint(
             options, self.models, self.transforms, self.reference, self.source, self.choice
@@ -122,6 +131,27 @@ class Run:
                 reduce=self.options.reduce,
                 layout=self.options.layout,
             )
+        return None
+
+    def _check_ranges(self) -> None:
+        """Compare each view's mean and std with the range of the images."""
+        views = [view for view in self.transforms.values() if isinstance(view, View)]
+        if self.source.is_pixels:
+            image = None
+        elif not any(view.mean for view in views):
+            return
+        else:
+            image = self._first_image()
+            if image is None:
+                return
+        for view in views:
+            check_range(view.mean, view.std, image)
+
+    def _first_image(self) -> Tensor | None:
+        """The first image that can be read; what is read here is kept for the run."""
+        for i in range(len(self.source)):
+            with suppress(ImageError):
+                return self.source.preview(i)
         return None
 
     def _choose(self) -> Choice:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from cka_probe.activations.layers import unwrap
-from cka_probe.inputs.views import View
+from cka_probe.inputs.views import View, check_range
 from cka_probe.models.load import LoadedModel
 from cka_probe.models.preprocessing import stated_constants
 from msun.data.labelled import Labelled, open_labelled
@@ -124,4 +124,6 @@ def resolve_mean_std(
         spec = {**stated, **{name: value for name, value in network_spec(model).items() if value}}
         mean, std = spec.get("mean") or source.mean, spec.get("std") or source.std
     view = View(mean=None if mean is None else tuple(mean), std=None if std is None else tuple(std))
+    if view.mean is not None:
+        check_range(view.mean, view.std, None if source.is_pixels else source.load(0)[0])
     return view.mean, view.std

@@ -14,6 +14,7 @@ import torch
 from cka_probe.distributed.ranks import Ranks, own_device, started
 from cka_probe.errors import one_line
 from cka_probe.inputs.batches import order
+from cka_probe.inputs.views import check_range
 from cka_probe.io import plain, remove_partial_files
 from cka_probe.progress import progress_bar
 from cka_probe.provenance import model_sha256, versions
@@ -160,6 +161,8 @@ class _Run:
             mean, std = spec.get("mean") or data.mean, spec.get("std") or data.std
         self.mean = None if mean is None else tuple(map(float, mean))
         self.std = None if std is None else tuple(map(float, std))
+        if self.mean is not None:
+            check_range(self.mean, self.std, None if data.is_pixels else data.load(0)[0])
         self.augment = augmentation(config.augment, data, area=config.crop_area, flip=config.flip)
         scales = tuple(self.model.scales)
         policy = self.model.policy

@@ -2,8 +2,10 @@ import warnings
 
 import numpy as np
 import oracle
+import pandas as pd
 import pytest
 import torch
+from scipy import sparse
 
 from cka_probe import DegenerateWarning, cka, cka_loss, cka_matrix, permutation_test
 
@@ -185,3 +187,46 @@ def test_a_bandwidth_that_is_none_is_refused(bandwidth):
     for call in calls:
         with pytest.raises(ValueError, match=r"bad bandwidth: .*: give a fraction above 0"):
             call()
+
+
+def test_rows_of_frames_are_compared_by_name_before_they_are_by_place():
+    x = np.random.default_rng(0).normal(size=(12, 3))
+    frame = pd.DataFrame(x, index=[f"{k}.png" for k in range(12)])
+    shuffled = frame.iloc[::-1]
+    words = r"^rows are named differently: row 0 is '0.png' in 'x', '11.png' in 'y': give the rows"
+    for test in (cka, permutation_test, lambda x, y: cka_matrix({"x": x, "y": y})):
+        with pytest.raises(ValueError, match=words):
+            test(frame, shuffled)
+    with pytest.raises(ValueError, match="row 0 is '5' in"):  # parts of one table
+        cka(pd.DataFrame(x).iloc[5:11], pd.DataFrame(x).iloc[:6])
+    assert cka(frame, frame * 2) == pytest.approx(1)
+    assert cka(frame, pd.DataFrame(x)) == pytest.approx(1)  # mere numbers name nothing
+    assert cka(frame.loc[shuffled.index], shuffled) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("made", "error", "text"),
+    [
+        (lambda x: np.ma.array(x, mask=x > 1), ValueError, "masked: .* in 'x'"),
+        (lambda x: sparse.csr_matrix(x), TypeError, "'x' is csr_matrix of object"),
+        (lambda x: pd.DataFrame(x).assign(name="cat"), TypeError, "'x' is DataFrame of object"),
+        (lambda x: torch.tensor(x).to_sparse(), TypeError, "'x' is torch.sparse_coo"),
+        (lambda x: torch.tensor(x).to("meta"), TypeError, "'x' is without data"),
+        (lambda x: [[1.0, 2.0], [3.0]], TypeError, "no array: 'x'"),
+        (lambda x: None, TypeError, "'x' is NoneType"),
+    ],
+)
+def test_what_holds_no_dense_numbers_is_refused(made, error, text):
+    x = np.random.default_rng(0).normal(size=(12, 3))
+    with pytest.raises(error, match=f"^features are .*{text}") as caught:
+        cka(made(x), x)
+    assert "\n" not in str(caught.value)
+    assert cka(x.tolist(), np.ma.array(x, mask=False)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", ["array", "sparse", "meta"])
+def test_the_loss_takes_dense_tensors_alone(kind):
+    x = torch.randn(8, 3)
+    other = {"array": x.numpy(), "sparse": x.to_sparse(), "meta": x.to("meta")}[kind]
+    with pytest.raises(TypeError, match=r"^features are no (plain )?tensor: 'y' is "):
+        cka_loss(x, other)

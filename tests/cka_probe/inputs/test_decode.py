@@ -184,7 +184,10 @@ FAULTS = {
     "head only": (lambda data: data[:20], "truncated|no image that"),
     "empty": (lambda data: b"", "no image that"),
     "text": (lambda data: b"not an image\n", "no image that"),
-    "postscript": (lambda data: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image that"),
+    "postscript": (
+        lambda data: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        "no image that",
+    ),
 }
 
 

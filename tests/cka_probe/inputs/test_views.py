@@ -5,11 +5,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torchvision.transforms import v2
 
+from cka_probe import probe
 from cka_probe.inputs.views import (
     View,
     apply_view,
+    check_range,
     scale_transforms,
     seeded,
     stack,
@@ -244,3 +247,40 @@ def test_views_are_values_that_can_be_sent_to_workers():
     view = View(8, 16, False, MEAN, STD)
     assert pickle.loads(pickle.dumps(view)) == view == View(8, 16, False, list(MEAN), np.array(STD))
     assert len({View(8), View(8), View(9)}) == 2
+
+
+BYTES = {"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}
+UNITS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+def probed(images, **constants):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3))
+    return probe(net, images, None, batch_size=8, progress=False, **constants)
+
+
+@pytest.mark.parametrize("constants", [BYTES, {**UNITS, "std": BYTES["std"]},
+                                       {"mean": BYTES["mean"], "std": UNITS["std"]}])  # fmt: skip
+def test_means_of_another_range_than_the_images_are_refused(constants, tmp_path):
+    pixels = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for k, image in enumerate(pixels):
+        Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy()).save(tmp_path / f"{k}.png")
+    words = r"^mean and std are not of 0..1: mean .*, images of 0..1: divide both by 255$"
+    for images in (tmp_path, pixels):
+        with pytest.raises(ValueError, match=words):
+            probed(images, **constants)
+        probed(images, **UNITS)
+    view = View(side_px=8, **constants)  # in views= as well
+    with pytest.raises(ValueError, match=words):
+        probe(nn.Sequential(nn.Conv2d(3, 4, 3)), tmp_path, views={"a": (None, view)},
+              batch_size=8, progress=False)  # fmt: skip
+    probed(tmp_path, mean=UNITS["mean"], std=(1 / 255,) * 3)  # Caffe's networks want 0..255
+
+
+def test_images_of_another_range_than_the_means_are_refused():
+    pixels = 255 * torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"^images are not of 0..1: up to 25\d.*, mean 0.485, std"):
+        probed(pixels, **UNITS)
+    probed(pixels, **BYTES)
+    probed(pixels)  # used as they are
+    with pytest.raises(ValueError, match=r"^mean is not of 0..1: -0.1"):
+        check_range((-0.1, 0.5), (1.0, 1.0), None)

@@ -123,6 +123,9 @@ def test_faults_are_named(tmp_path):
     refused(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), "no features: ")
     refused(Tiny(), "batch_size is too small: 3", batch_size=3)
     refused(Tiny(), "half a normalisation: only mean", mean=(0, 0, 0))
+    units = (torch.rand(8, 3, 16, 16), labels)
+    refused(Tiny(), "mean and std are not of 0..1: mean 120, std 60", mean=(120,) * 3,
+            std=(60,) * 3, data=units)  # fmt: skip
     refused(Tiny(), "bad scale: 0", sizes=[0])
     refused(Tiny(), "images that are open already: split None, n_images 4",
             data=open_labelled(tensors(8)), n_images=4)  # fmt: skip

@@ -183,3 +183,12 @@ def test_a_device_that_is_not_there_is_bad_input(tmp_path):
         with pytest.raises(ValueError, match=rf"^cannot use device: '{device}', .*: leave device"):
             run(tmp_path / "deep" / "out", device=device)
     assert not (tmp_path / "deep").exists()
+
+
+def test_means_of_another_range_than_the_images_are_refused(tmp_path):
+    x, y = torch.rand(40, 3, 16, 16), torch.arange(40) % 4
+    with pytest.raises(ValueError, match=r"^mean and std are not of 0..1: mean 120, std 60"):
+        run(tmp_path / "out", data=(x, y), augment="none", mean=(120,) * 3, std=(60,) * 3)
+    with pytest.raises(ValueError, match=r"^images are not of 0..1: up to 2\d\d"):
+        run(tmp_path / "out", data=(x * 255, y), augment="none", mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert not (tmp_path / "out").exists()
