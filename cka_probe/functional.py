@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cka_probe.engine.centring import NonFiniteFeaturesError, centre_full
+from cka_probe.engine.centring import NonFiniteFeaturesError, centre_full, feature_eps
 from cka_probe.engine.estimator import EXACT_GROUPS, Result
 from cka_probe.engine.exact import Exact
 from cka_probe.engine.hsic import check_n, hsic_pairs, rounding_floor, u_centre
@@ -17,6 +17,7 @@ from cka_probe.engine.kernels import (
     Block,
     check_bandwidth,
     checked_kernel,
+    coincident,
     get_kernel,
     median_bandwidth,
 )
@@ -188,15 +189,17 @@ def cka_loss(
 
 def _soft_gram(z: Tensor, kernel: str | Block, bandwidth: float) -> Tensor:
     with full_precision(z.device):
-        z = z if z.dtype == torch.float64 else z.float()
-        limit = 8 * torch.finfo(z.dtype).eps * torch.linalg.vector_norm(z.detach())
+        eps = feature_eps(z.dtype)
+        z = z if z.dtype == torch.float64 else z.double() if callable(kernel) else z.float()
+        z, first = _unit_scale(z)  # no norm of it over- or underflows
+        limit = 8 * eps * torch.linalg.vector_norm(z.detach())
         z = z - z.mean(0)
         if bool(torch.linalg.vector_norm(z.detach()) <= limit):
             z = z * 0  # constant up to rounding: every HSIC is 0, the CKA nan
         if callable(kernel):  # its values may depend on the scale
+            z = z * first
             return checked_kernel(kernel, getattr(kernel, "__name__", type(kernel).__name__))(z, z)
-        scale = z.detach().abs().max()
-        z = z / torch.where(scale > 0, scale, torch.ones_like(scale))  # CKA does not change
+        z, _ = _unit_scale(z)  # of centred features: CKA does not change
         g = (z @ z.T).double()
         if kernel == "linear":
             return g
@@ -205,7 +208,20 @@ def _soft_gram(z: Tensor, kernel: str | Block, bandwidth: float) -> Tensor:
         i, j = torch.triu_indices(len(z), len(z), offset=1, device=z.device)
         ranked = d2[i, j].sort().values
         middle = (ranked[(len(ranked) - 1) // 2] + ranked[len(ranked) // 2]) / 2
+        if coincident(middle.detach(), ranked.detach().mean(), eps):
+            middle = middle * float("nan")  # no bandwidth
         return torch.exp(-d2 / (2 * bandwidth**2 * middle))
+
+
+def _unit_scale(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Features over a power of two, so that the largest lies in 0.5 to 1; and that power."""
+    largest = z.detach().abs().max()
+    # frexp reads the exponent of subnormal numbers, too; of 0, NaN and Inf it gives 0
+    exponent = torch.frexp(largest).exponent
+    # in two steps, as 2**-exponent of a subnormal number is above the largest float32
+    half = torch.div(exponent, 2, rounding_mode="floor")
+    one, two = (torch.exp2(e.to(z.dtype)) for e in (half, exponent - half))
+    return z / one / two, one * two
 
 
 def permutation_test(
@@ -263,11 +279,13 @@ def permutation_test(
 
 
 def _u_centred(name: str, z: Features, kernel: str | Block, bandwidth: float) -> Tensor:
-    chosen, centred = get_kernel(kernel), centre_full(as_features(name, z))
+    features = as_features(name, z)
+    chosen, centred = get_kernel(kernel), centre_full(features)
     own = centred.x if chosen.quadratic else centred.x * centred.scale
     with torch.no_grad(), full_precision(own.device):
         block = chosen.base(own, own)
-    sigma = median_bandwidth([block], bandwidth) if chosen.needs_bandwidth else 1.0
+    eps = feature_eps(features.dtype)
+    sigma = median_bandwidth([block], bandwidth, eps) if chosen.needs_bandwidth else 1.0
     return u_centre(chosen.finish(block, sigma))
 
 
@@ -392,18 +410,27 @@ def _exact(
     return result
 
 
+def nan_reasons(result: Result, names: list[str]) -> dict[str, list[str]]:
+    """Why entries have no CKA: reason -> their names; the reasons that occur alone."""
+    level = "rounding" if result.sketch_stderr is None else "the sketch's own error"
+    kinds = {
+        "constant features": result.constant,
+        "more than half of the image pairs are equal up to rounding, so that RBF has no "
+        "bandwidth": result.coincident,
+        f"no similarity above {level}, even to itself": result.vanishing,
+    }
+    found = {
+        reason: [name for name, bad in zip(names, which, strict=True) if bad]
+        for reason, which in kinds.items()
+    }
+    return {reason: hit for reason, hit in found.items() if hit}
+
+
 def warn_degenerate(result: Result, names: list[str], *, error_bars: bool = True) -> None:
     """One DegenerateWarning for each kind of entry without a CKA, and one for absent error bars."""
-    level = "rounding" if result.sketch_stderr is None else "the sketch's own error"
-    kinds = (
-        (result.constant, "constant features"),
-        (result.vanishing, f"no similarity above {level}, even to itself"),
-    )
-    for which, what in kinds:
-        hit = [name for name, bad in zip(names, which, strict=True) if bad]
-        if hit:
-            shown = ", ".join(hit[:5]) + (f" and {len(hit) - 5} more" if len(hit) > 5 else "")
-            warnings.warn(f"{what}: {shown}: their CKA is nan", DegenerateWarning, stacklevel=4)
+    for reason, hit in nan_reasons(result, names).items():
+        shown = ", ".join(hit[:5]) + (f" and {len(hit) - 5} more" if len(hit) > 5 else "")
+        warnings.warn(f"{reason}: {shown}: their CKA is nan", DegenerateWarning, stacklevel=4)
     if error_bars and result.groups < 2:
         warnings.warn(
             f"no error bars: {result.groups} group of images: use 8 images or more for 'exact', "

@@ -156,7 +156,8 @@ def details(report: Report) -> list[str]:
     if negative := sum(cell.cka < 0 for cell in valid):
         odd.append(f"{negative} below 0: unbiased estimates of a CKA near 0.")
     if lost := len(cells) - len(valid):
-        odd.append(f"{lost} of {len(cells)} values are nan: features constant up to rounding.")
+        reasons = "; ".join(report.meta.get("nan") or ()) or "features constant up to rounding"
+        odd.append(f"{lost} of {len(cells)} values are nan: {reasons}.")
     return lines + ([" ".join(odd)] if odd else [])
 
 

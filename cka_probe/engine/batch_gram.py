@@ -16,7 +16,6 @@ from torch import Tensor
 from cka_probe.engine.centring import (
     SAFE_TRACE,
     NonFiniteFeaturesError,
-    centre,
     centre_full,
     check_finite,
     feature_eps,
@@ -123,7 +122,7 @@ def _by_tiles(x: Tensor, kernel: Kernel) -> tuple[Tensor, float]:
         low, high = SAFE_TRACE
         if low < squares < high and squares > (16 * eps) ** 2 * (squares + n * offset):
             return kernel.of_gram(gram), eps
-    centred = centre_full(x) if kernel.of_gram is not None else centre(x)
+    centred = centre_full(x)
     if centred.constant:
         home = "cpu" if x.device.type == "mps" else x.device
         return torch.zeros(n, n, dtype=torch.float64, device=home), 0.0

@@ -15,7 +15,6 @@ __all__ = [
     "SAFE_TRACE",
     "Centred",
     "NonFiniteFeaturesError",
-    "centre",
     "centre_full",
     "check_finite",
     "feature_eps",
@@ -58,35 +57,6 @@ def work_dtype(x: Tensor, n: int) -> torch.dtype:
 def feature_eps(dtype: torch.dtype) -> float:
     """Machine epsilon of features: float32's for all that is coarser, whatever their Gram is in."""
     return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-
-
-def centre(x: Tensor) -> Centred:
-    """Centre the columns of one batch of features.
-
-    The fast path is one float32 mean and one subtraction (an error of the mean is a constant
-    offset, which U-centring removes). Constant, tiny, huge and non-finite features take the slower
-    path of `centre_full`.
-
-    Args:
-        x: (n, d) features of any float dtype, on any device.
-
-    Returns:
-        The centred features, in the dtype that their Gram is taken in.
-
-    Raises:
-        NonFiniteFeaturesError: a value is NaN or Inf.
-    """
-    wide = x.to(work_dtype(x, x.shape[0]))
-    mean = wide.mean(0)
-    out = wide - mean
-    squares = float(torch.linalg.vector_norm(out).double().square())
-    eps = feature_eps(x.dtype)
-    raw = squares + x.shape[0] * float(torch.linalg.vector_norm(mean.double()).square())
-    low, high = SAFE_TRACE
-    # 16 eps: twice the limit of `centre_full`, so that the float64 mean decides the close calls
-    if low < squares < high and squares > (16 * eps) ** 2 * raw:
-        return Centred(out, 1.0, False)
-    return centre_full(x)
 
 
 def centre_full(x: Tensor) -> Centred:

@@ -43,6 +43,8 @@ class Result(NamedTuple):
         groups: number of jackknife groups behind `stderr`; intervals use Student's t with
             groups - 1 degrees of freedom.
         constant: (m,) entries whose CKA is nan because their features are constant.
+        coincident: (m,) entries whose RBF CKA is nan because more than half of the pairs of images
+            are equal up to rounding, so that their median distance is no bandwidth.
         vanishing: (m,) entries whose CKA is nan because no similarity is left above rounding (for
             `sketch`: above its own error).
         sketch_stderr: (m, m) the part of `stderr` that the random projection makes; None for other
@@ -54,6 +56,7 @@ class Result(NamedTuple):
     stderr: Array
     groups: int
     constant: NDArray[np.bool_]
+    coincident: NDArray[np.bool_]
     vanishing: NDArray[np.bool_]
     sketch_stderr: Array | None = None
 
@@ -110,6 +113,8 @@ def finish(
     groups: int,
     constant: NDArray[np.bool_],
     sketch_stderr: Array | None = None,
+    *,
+    coincident: NDArray[np.bool_] | None = None,
 ) -> Result:
     """A Result: the diagonal has no error, and a cell that is nan has no standard error."""
     own = np.diagonal(cka)
@@ -120,5 +125,7 @@ def finish(
             bar = np.where(np.isnan(cka), np.nan, bar)
             bar[i, i] = np.where(np.isnan(own), np.nan, 0.0)
         bars.append(bar)
-    vanishing = np.isnan(own) & ~constant
-    return Result(keys, cka, np.asarray(bars[0]), groups, constant, vanishing, bars[1])
+    if coincident is None:
+        coincident = np.zeros_like(constant)
+    vanishing = np.isnan(own) & ~constant & ~coincident
+    return Result(keys, cka, np.asarray(bars[0]), groups, constant, coincident, vanishing, bars[1])

@@ -221,7 +221,10 @@ class Exact:
             unbiased=self.unbiased,
         )
         cka, stderr, groups = tiled_result(sums)
-        return finish(keys, cka, stderr, groups, sums.constant)
+        return finish(
+            keys, cka, stderr, groups, sums.constant,
+            coincident=(np.array(sums.sigma) == 0.0) & ~sums.constant,
+        )  # fmt: skip
 
     def state_dict(self) -> State:
         """The features of all batches."""

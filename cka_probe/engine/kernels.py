@@ -15,6 +15,7 @@ __all__ = [
     "Kernel",
     "check_bandwidth",
     "checked_kernel",
+    "coincident",
     "get_kernel",
     "images_by_batch",
     "median_bandwidth",
@@ -66,7 +67,7 @@ def get_kernel(kernel: str | Kernel | Block) -> Kernel:
 
     Args:
         kernel: a name in `KERNELS`, a `Kernel`, or a callable that maps centred features
-            (p, d) and (q, d) to a (p, q) block of a symmetric kernel.
+            (p, d) and (q, d), in float64, to a (p, q) block of a symmetric kernel.
 
     Raises:
         TypeError: neither a name nor a callable.
@@ -97,6 +98,10 @@ def checked_kernel(kernel: Block, name: str) -> Block:
     """
 
     def base(a: Tensor, b: Tensor) -> Tensor:
+        # Float64 whatever the features are and however many: torch.cdist, for one, takes distances
+        # in float32 from a Gram where there are more than 25 rows, and loses half of the digits.
+        if a.device.type != "mps":
+            a, b = a.double(), b.double()
         try:
             block = kernel(a, b)
         except (MemoryError, torch.OutOfMemoryError):
@@ -141,16 +146,34 @@ def images_by_batch(batches: Iterable[tuple[int, int]], images: int) -> dict[int
     return found
 
 
-def median_bandwidth(squared_distances: list[Tensor], fraction: float) -> float:
+# Distances come from Grams: |a|^2 + |b|^2 - 2 ab, whose rounding is some eps of the squared norms,
+# and these are half of the mean squared distance. 16 is four times what was seen at d = 10^6.
+_COINCIDENT = 16
+
+
+def coincident(middle: float | Tensor, mean: float | Tensor, eps: float) -> bool:
+    """Whether the median squared distance is 0 up to rounding.
+
+    Args:
+        middle: the median squared distance of all pairs.
+        mean: their mean.
+        eps: machine epsilon of the features, as `feature_eps` gives it.
+    """
+    return bool(middle <= _COINCIDENT * eps * mean)
+
+
+def median_bandwidth(squared_distances: list[Tensor], fraction: float, eps: float) -> float:
     """Sigma = fraction x sqrt(median over i < j of d^2) (Kornblith et al. 2019, section 4).
 
     Args:
         squared_distances: symmetric matrices (n, n), or their upper right parts: rows (r, c) that
             begin with their diagonal; only pairs within one of them count.
         fraction: multiple of the median distance.
+        eps: machine epsilon of the features, as `feature_eps` gives it.
 
     Returns:
-        Sigma, in the units of the features; 0.0 where more than half of the pairs coincide.
+        Sigma, in the units of the features; 0.0 where more than half of the pairs coincide up to
+        rounding: their median squared distance is at most 16 eps of the mean.
     """
     upper = []
     for d2 in squared_distances:
@@ -161,4 +184,6 @@ def median_bandwidth(squared_distances: list[Tensor], fraction: float) -> float:
     half = len(pairs) // 2
     pairs.partition(half)  # a sixth of the time of np.median, which selects three places
     middle = pairs[half] if len(pairs) % 2 else (pairs[:half].max() + pairs[half]) / 2
+    if coincident(middle, float(pairs.mean()), eps):
+        return 0.0
     return float(fraction * np.sqrt(middle))

@@ -137,7 +137,8 @@ class Minibatch:
             for index, grams in sorted(self.waiting, key=lambda one: one[0])
             if counts.get(index, 0) > 1
         ]
-        return median_bandwidth(blocks, self.bandwidth)
+        eps = max(float(grams[key].eps) for _, grams in self.waiting)
+        return median_bandwidth(blocks, self.bandwidth, eps)
 
     def _add(self, index: int, grams: _Grams) -> None:
         found = [grams[key] for key in self.keys]
@@ -145,7 +146,8 @@ class Minibatch:
         eps = torch.stack([one.eps.to(home) for one in found])  # (m,)
         sigma = [self.sigma.get(key, 1.0) for key in self.keys]
         # zero where an entry is constant, or has no bandwidth
-        usable = (eps > 0) & (torch.tensor(sigma, dtype=torch.float64, device=home) > 0)
+        varies = eps > 0
+        usable = varies & (torch.tensor(sigma, dtype=torch.float64, device=home) > 0)
         stack = torch.stack(
             [
                 self.kernel.finish(one.block.to(home), s if s > 0 else 1.0)
@@ -158,7 +160,7 @@ class Minibatch:
         hsic, floor = hsic_pairs(stack), rounding_floor(trace, eps, n)
         largest = torch.stack([one.largest.to(home) for one in found])
         # all that the host wants of a batch, in one message
-        sums = torch.cat([hsic.flatten(), floor, (trace > 0).double(), largest]).cpu()
+        sums = torch.cat([hsic.flatten(), floor, varies.double(), largest]).cpu()
         check_all_finite(dict(zip(self.keys, sums[m * m + 2 * m :], strict=True)))
         numbers = sums.numpy()
         group = index * self.groups // self.n_batches
@@ -214,7 +216,11 @@ class Minibatch:
             stderr = jackknife(cka, left, weight)
         else:
             stderr = np.full(cka.shape, np.nan)
-        return finish(self.keys, cka, stderr, int(used.sum()), self.varied.sum(0) == 0)
+        constant = self.varied.sum(0) == 0
+        coincident = np.array([self.sigma.get(key) == 0.0 for key in self.keys], dtype=bool)
+        return finish(
+            self.keys, cka, stderr, int(used.sum()), constant, coincident=coincident & ~constant
+        )
 
     def state_dict(self) -> State:
         """The sums, the bandwidths, and the batches that wait for them."""

@@ -129,7 +129,7 @@ class TiledSums:
                                      slice(top, first.stop))
                     for top in range(0, first.stop, step)
                 ]  # fmt: skip
-            sigma.append(median_bandwidth(d2, fraction) if d2 else 0.0)
+            sigma.append(median_bandwidth(d2, fraction, self.source.eps[i]) if d2 else 0.0)
         return sigma
 
     def _shift(self, i: int, fraction: float) -> Tensor | float:

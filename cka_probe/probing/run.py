@@ -17,7 +17,7 @@ from cka_probe.activations.macs import merge_tables
 from cka_probe.distributed.ranks import Ranks
 from cka_probe.engine.kernels import get_kernel
 from cka_probe.engine.memory import free_memory, readable
-from cka_probe.functional import warn_degenerate
+from cka_probe.functional import nan_reasons, warn_degenerate
 from cka_probe.inputs.batches import Source, open_images, plan
 from cka_probe.inputs.decode import ImageError
 from cka_probe.inputs.views import (
@@ -267,10 +267,8 @@ class Run:
         keys: list[tuple[str, Tap]] = result.keys
         labels = [results.labels[view][tap] for view, tap in keys]
         views = [view for view, _ in keys]
-        warn_degenerate(
-            result,
-            [f"layer {name!r} in view {view!r}" for view, name in zip(views, labels, strict=True)],
-        )
+        entries = [f"layer {a!r} in view {b!r}" for b, a in zip(views, labels, strict=True)]
+        warn_degenerate(result, entries)
         meta = {
             **repeated_options(self.fingerprint),
             "n_images": n - len(loop.left_out),
@@ -281,6 +279,7 @@ class Run:
             "files_left_out": self.source.skipped,
             "left_out_readable": loop.too_few,
             "unreached": results.unreached,
+            "nan": nan_reasons(result, entries),
             "skipped": results.skipped,
             "layers": merge_tables(results.tables.values()),
             "view_macs": results.macs,

@@ -230,3 +230,22 @@ def test_the_loss_takes_dense_tensors_alone(kind):
     other = {"array": x.numpy(), "sparse": x.to_sparse(), "meta": x.to("meta")}[kind]
     with pytest.raises(TypeError, match=r"^features are no (plain )?tensor: 'y' is "):
         cka_loss(x, other)
+
+
+@pytest.mark.parametrize("kernel", ["linear", "rbf", lambda a, b: a @ b.T])
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-24, 1e-18, 1e17, 1e18, 1e30, 3e37])
+@pytest.mark.parametrize("width", [3, 500])
+def test_the_loss_is_right_at_any_scale_of_float32(kernel, scale, width):
+    """The norm of features, or its square, may lie outside of what float32 holds."""
+    x, y = pair(n=24, p=width)
+    big = (x / x.abs().max() * scale).requires_grad_()
+    value = cka_loss(big, y, kernel=kernel)
+    name = kernel if isinstance(kernel, str) else "linear"
+    expected = oracle.cka(big.detach().double().numpy(), y.double().numpy(), name)
+    assert value.item() == pytest.approx(expected, abs=2e-6)
+    value.backward()
+    other = big.detach().double().requires_grad_()
+    cka_loss(other, y.double(), kernel=kernel).backward()
+    wanted = other.grad * scale  # CKA does not change with the scale: its gradient does
+    if float(wanted.abs().max()) / scale < 3e38:
+        torch.testing.assert_close(big.grad.double() * scale, wanted, rtol=1e-3, atol=1e-5)

@@ -107,6 +107,9 @@ def test_negative_and_nan():
         "1 below 0: unbiased estimates of a CKA near 0. "
         "1 of 2 values are nan: features constant up to rounding."
     )
+    why = report([-0.2, np.nan])
+    why.meta["nan"] = {"RBF has no bandwidth": ["layer '1'"]}
+    assert details(why)[-1].endswith("1 of 2 values are nan: RBF has no bandwidth.")
     assert "below 0:" not in describe(report([0.2, 0.3]))
     assert headline(report([np.nan, np.nan])).startswith("There is no value to read")
     assert details(report([np.nan, np.nan])) == []

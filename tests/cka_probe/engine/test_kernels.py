@@ -1,37 +1,38 @@
 import numpy as np
+import oracle
 import pytest
 import torch
+from torch import nn
 
+from cka_probe import DegenerateWarning, cka, cka_loss, cka_matrix, permutation_test, probe
 from cka_probe.engine import products
 from cka_probe.engine.batch_gram import gram_of_batch
-from cka_probe.engine.centring import NonFiniteFeaturesError, centre, centre_full
+from cka_probe.engine.centring import NonFiniteFeaturesError, centre_full
 from cka_probe.engine.hsic import centre_gram
 from cka_probe.engine.kernels import get_kernel, median_bandwidth
 
 
-@pytest.mark.parametrize("take", [centre, centre_full])
 @pytest.mark.parametrize("n", [8, 100])
-def test_constant_features_are_seen_in_spite_of_rounding(take, n):
+def test_constant_features_are_seen_in_spite_of_rounding(n):
     for value in (0.1, 1e4 / 3, -7e-9, 0.0):
-        assert take(torch.full((n, 33), value)).constant
+        assert centre_full(torch.full((n, 33), value)).constant
     almost = torch.full((n, 33), 0.1)
     almost[3, 5] += 1e-3
-    assert not take(almost).constant
+    assert not centre_full(almost).constant
 
 
-@pytest.mark.parametrize("take", [centre, centre_full])
 @pytest.mark.parametrize(("bad", "word"), [(float("nan"), "NaN"), (float("inf"), "Inf")])
-def test_non_finite_features_raise_and_say_which(take, bad, word):
+def test_non_finite_features_raise_and_say_which(bad, word):
     x = torch.randn(40, 10)
     x[7, 3] = bad
     with pytest.raises(NonFiniteFeaturesError, match=f"{word} in 1 of 400"):
-        take(x)
+        centre_full(x)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e15, 1e30])
 def test_centring_is_right_at_any_scale(scale):
     x = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)) * scale
-    centred = centre(x)
+    centred = centre_full(x)
     expected = x.double() - x.double().mean(0)
     error = (centred.x.double() * centred.scale - expected).abs().max() / expected.abs().max()
     assert error < 1e-6
@@ -70,14 +71,14 @@ def test_the_upper_half_is_enough_for_the_median():
     x = torch.randn(37, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     d2 = torch.cdist(x, x).square()
     parts = [d2[top : top + 10, top:] for top in range(0, 37, 10)]
-    assert median_bandwidth(parts, 1.0) == median_bandwidth([d2], 1.0)
+    assert median_bandwidth(parts, 1.0, 0) == median_bandwidth([d2], 1.0, 0)
 
 
 def test_median_bandwidth_is_the_median_of_all_pairs():
     x = np.random.default_rng(0).normal(size=(9, 4))
     d2 = ((x[:, None] - x[None]) ** 2).sum(-1)
     expected = 0.5 * np.sqrt(np.median(d2[np.triu_indices(9, 1)]))
-    assert median_bandwidth([torch.as_tensor(d2)], 0.5) == pytest.approx(expected, rel=1e-12)
+    assert median_bandwidth([torch.as_tensor(d2)], 0.5, 0) == pytest.approx(expected, rel=1e-12)
 
 
 def test_autocast_and_tf32_do_not_reach_the_gram():
@@ -156,3 +157,83 @@ def test_a_callable_of_the_user_gets_features_in_their_own_scale():
     wide = x.double() - x.double().mean(0)
     truth = (wide @ wide.T).abs()
     assert (gram_of_batch(x, mine).block - truth).abs().max() <= 1e-5 * truth.max()
+
+
+def clusters(n, share, dtype=torch.float32, near=0.0, seed=0):
+    """Features of which a share of the images coincide, up to `near`, in a random order."""
+    g = torch.Generator().manual_seed(seed)
+    x = 3 * torch.randn(n, 40, generator=g, dtype=torch.float64)
+    same = round(share * n)
+    x[:same] = x[0] + near * torch.randn(same, 40, generator=g, dtype=torch.float64)
+    return x[torch.randperm(n, generator=g)].to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("n", [16, 40, 300])  # in float64, in float32, in several tiles
+def test_a_median_distance_of_zero_up_to_rounding_is_no_bandwidth(n, dtype):
+    same, other = clusters(n, 0.8, dtype), clusters(n, 0.3, dtype, seed=1)
+    words = r"^more than half of the image pairs are equal up to rounding, so that RBF has no"
+    for order in (slice(None), torch.randperm(n, generator=torch.Generator().manual_seed(2))):
+        for pair in ((same[order], other[order]), (other[order], same[order])):
+            with pytest.warns(DegenerateWarning, match=words):
+                assert np.isnan(cka(*pair, kernel="rbf"))
+            with pytest.warns(DegenerateWarning, match=words):
+                assert np.isnan(permutation_test(*pair, 9, kernel="rbf")).all()
+            assert torch.isnan(cka_loss(*pair, kernel="rbf"))
+        with pytest.warns(DegenerateWarning, match=words):
+            report = cka_matrix({"same": same[order], "other": other[order]}, kernel="rbf")
+        assert np.isnan(report.cka).tolist() == [[True, True], [True, False]]
+    assert cka(same, other) == pytest.approx(oracle.cka(same.numpy(), other.numpy()), abs=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["minibatch", "exact"])
+def test_a_probe_says_that_a_layer_has_no_bandwidth(estimator):
+    images = torch.rand(48, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    images[:40] = images[0]
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    options = {"layers": ["0", "2"], "batch_size": 24, "progress": False, "estimator": estimator}
+    with pytest.warns(DegenerateWarning, match="^more than half of the image pairs") as caught:
+        report = probe(net, images, None, kernel="rbf", **options)
+    assert not any("constant" in str(one.message) for one in caught)
+    assert list(report.meta["nan"].values()) == [["layer '0' in view 'native'",
+                                                  "layer '2' in view 'native'"]]  # fmt: skip
+    assert np.isnan(report.cka).all()
+
+
+@pytest.mark.parametrize("near", [1e-2, 1.0])
+def test_near_copies_keep_their_bandwidth(near):
+    """A median of a thousandth of the mean, say, is a bandwidth: it is what the rule says."""
+    x, y = clusters(60, 0.8, near=near), clusters(60, 0.3, seed=1)
+    expected = oracle.cka(x.numpy(), y.numpy(), "rbf")
+    assert cka(x, y, kernel="rbf") == pytest.approx(expected, abs=2e-3 if near < 1 else 1e-6)
+    assert float(cka_loss(x, y, kernel="rbf")) == pytest.approx(expected, abs=2e-3)
+
+
+def laplacian(a, b):
+    return torch.exp(-torch.cdist(a, b) / 6)
+
+
+def cubic(a, b):
+    return (a @ b.T / a.shape[1] + 1) ** 3
+
+
+@pytest.mark.parametrize("n", [16, 64, 200])
+@pytest.mark.parametrize("kernel", [laplacian, cubic])
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_callable_kernels_get_float64_whatever_n(n, kernel, offset):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 30, generator=g) + offset
+    y = x[:, :20] + 0.5 * torch.randn(n, 20, generator=g)
+    grams = [kernel(z - z.mean(0), z - z.mean(0)).numpy() for z in (x.double(), y.double())]
+    k, left = (oracle.shifted(gram) for gram in grams)
+    expected = oracle.hsic1(k, left) / np.sqrt(oracle.hsic1(k, k) * oracle.hsic1(left, left))
+    assert cka(x, y, kernel=kernel) == pytest.approx(expected, abs=1e-6)
+    assert float(cka_loss(x, y, kernel=kernel)) == pytest.approx(expected, abs=1e-6)
+    seen = set()
+
+    def watching(a, b):
+        seen.update((a.dtype, b.dtype))
+        return kernel(a, b)
+
+    gram_of_batch(x, get_kernel(watching))
+    assert seen == {torch.float64}
