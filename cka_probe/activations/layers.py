@@ -13,7 +13,15 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-__all__ = ["ROOT", "Selection", "default_layers", "module_paths", "select_layers", "unwrap"]
+__all__ = [
+    "ROOT",
+    "Selection",
+    "default_layers",
+    "default_selections",
+    "module_paths",
+    "select_layers",
+    "unwrap",
+]
 
 ROOT = "(model)"  # how the network itself, whose path is "", is written and labelled
 # With fewer blocks than this, blocks of blocks (stages, encoders) are walked into: a curve over
@@ -26,7 +34,7 @@ HEADS = re.compile(r"(?i)fc|heads?|head_dist|classif\w*|logits?|last_linear|gap|
 PASSED = re.compile(r"(?i)aux\w*|pre_logits|(rel_)?pos_?(emb|enc)\w*|rope\w*")  # whatever is in it
 STOPS = re.compile("Adaptive|Global|Flatten")  # these types end a segment
 
-One: TypeAlias = "str | type[nn.Module] | nn.Module | Callable[[str, nn.Module], bool]"
+One: TypeAlias = "str | Selection | type[nn.Module] | nn.Module | Callable[[str, nn.Module], bool]"
 Layers: TypeAlias = "One | Iterable[One] | None"
 
 
@@ -115,7 +123,9 @@ def select_layers(model: nn.Module, layers: Layers = None) -> list[Selection]:
     modules, names = module_paths(model)
     if layers is None:
         return [Selection(path) for path in default_layers(model)]
-    several = isinstance(layers, Iterable) and not isinstance(layers, str | type | nn.Module)
+    several = isinstance(layers, Iterable) and not isinstance(
+        layers, str | type | nn.Module | Selection
+    )
     wanted: list[Any] = list(cast("Iterable[Any]", layers)) if several else [layers]
     if not wanted:
         raise ValueError("no layers: []: give names, globs, types, or None for the blocks")
@@ -127,6 +137,8 @@ def select_layers(model: nn.Module, layers: Layers = None) -> list[Selection]:
 
 
 def _select(one: Any, modules: dict[str, nn.Module], names: dict[str, str]) -> list[Selection]:
+    if isinstance(one, Selection):
+        return [one]
     if isinstance(one, str):
         return _by_text(one, names)
     inner = {path: module for path, module in modules.items() if path}
@@ -218,6 +230,44 @@ def default_layers(model: nn.Module) -> list[str]:
     stages = {names[name] for name in _feature_names(model) if name in names}
     found |= {path for path in stages if type(modules[path]) is not nn.ModuleList}  # never called
     return [p for p in modules if p in found and not _repeats(modules[p], paths, found)] or [""]
+
+
+def default_selections(model: nn.Module, runs: list[list[str]]) -> list[Selection]:
+    """The default layers that fire: `default_layers`, with a stand-in for a block that does not.
+
+    A block fires only if something calls it: not as a holder of layers that `forward` reaches into,
+    not inside a graph that calls the layers of a block one by one, not by `block.forward(x)`. The
+    last call of a module inside such a block stands in for its output.
+
+    Args:
+        model: the network.
+        runs: for every size of its images, the paths of modules in the order in which their calls
+            ended, as `module_calls` returns them.
+
+    Returns:
+        Selections in registration order. A block with nothing called inside stays, so that it is
+        named as never reached; where that holds for all, every module that was called.
+    """
+    found: list[Selection] = []
+    for path in default_layers(model):
+        stand_ins = [one for calls in runs if (one := _stand_in(path, calls)) is not None]
+        found += stand_ins or [Selection(path)]
+    called = {path for calls in runs for path in calls}
+    if not any(selection.path in called for selection in found):
+        found = [Selection(path) for path in called if path] or [Selection("")]
+    return list(dict.fromkeys(found))
+
+
+def _stand_in(path: str, calls: list[str]) -> Selection | None:
+    """A module that fires, else the last call inside it, if there is one."""
+    if path in calls:
+        return Selection(path)
+    inside = [k for k, called in enumerate(calls) if called.startswith(f"{path}.")]
+    if not inside:
+        return None
+    last = calls[inside[-1]]
+    several = calls.count(last) > 1
+    return Selection(last, None, calls[: inside[-1]].count(last) if several else None)
 
 
 def _repeats(module: nn.Module, paths: dict[int, str], found: set[str]) -> bool:

@@ -30,12 +30,11 @@ def execute(args: argparse.Namespace) -> None:
     import torch
 
     from cka_probe.activations.hooks import Collector
-    from cka_probe.activations.layers import default_layers
+    from cka_probe.activations.layers import Selection, default_selections
     from cka_probe.errors import one_line
 
     loaded = load_network(args, args.model, "none")
     side = args.size or loaded.input_size or 224
-    default = set(default_layers(loaded.model))
     with Collector(loaded.model, lambda name, module: bool(name)) as collector:
         try:
             collector.run(torch.zeros(2, 3, side, side), lambda tap, x: None)
@@ -43,13 +42,15 @@ def execute(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"the network cannot take {side} px: {one_line(error)}: give another --size"
             ) from error
+    default = default_selections(loaded.model, [[tap.path for tap in collector.labels]])
     modules = dict(loaded.model.named_modules(remove_duplicate=False))
     rows = [("", "layer", "type", "output per image", "parameters")]
     for tap, label in collector.labels.items():
         module = modules[tap.path]
         shape = " x ".join(map(str, collector.shapes[tap]))
         count = sum(p.numel() for p in module.parameters())
-        star = "*" if tap.path in default else ""
+        is_default = {Selection(tap.path), Selection(tap.path, None, tap.call)} & set(default)
+        star = "*" if is_default else ""
         rows.append((star, label, type(module).__name__, shape, f"{count:,}"))
     print("\n".join(table_lines(rows)))
     for path, why in collector.skipped.items():

@@ -116,8 +116,6 @@ def check_range(
     if of_bytes and low >= 0 and high <= 1:
         hint = "divide both by 255"
         raise ValueError(f"mean and std are not of 0..1: {shown}, images of 0..1: {hint}")
-    if image is None and min(mean) < 0:
-        raise ValueError(f"mean is not of 0..1: {min(mean):g}, images of 0..1: give their means")
     # 2: numbers of 0..1 may have been sharpened or brightened a little beyond 1
     if not of_bytes and low >= 0 and high > 2:
         hint = "divide the images by their white level (255), or multiply both by it"

@@ -41,7 +41,7 @@ def estimate(
     shapes: Mapping[str, tuple[int, ...]],
     *,
     batch_size: int,
-    layers: Layers = None,
+    layers: Mapping[str, Layers] | None = None,
     reduce: str | Reducer = "flatten",
     layout: str | None = None,
 ) -> Estimate | None:
@@ -51,7 +51,7 @@ def estimate(
         models: view -> network.
         shapes: view -> (c, h, w) of one input.
         batch_size: images per batch.
-        layers: as in `probe`.
+        layers: view -> layers as in `probe`; None for the default ones.
         reduce: as in `probe`.
         layout: as in `probe`.
     """
@@ -74,7 +74,12 @@ def estimate(
 
             for module in ghost.modules():
                 module.register_forward_hook(record)
-            with Collector(ghost, layers, reduce=reduce, layout=layout) as collector, counter:
+            with (
+                Collector(
+                    ghost, (layers or {}).get(view), reduce=reduce, layout=layout
+                ) as collector,
+                counter,
+            ):
                 # two images: batch norm in training mode refuses one
                 collector.run(torch.empty(2, *shapes[view], device="meta"), sink)
             macs += counter.macs() // 2

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cka_probe.activations.hooks import Collector, Tap, failing_module
-from cka_probe.activations.layers import unwrap
+from cka_probe.activations.layers import ROOT, Layers, unwrap
 from cka_probe.activations.macs import MacCounter, layer_table
 from cka_probe.engine.centring import NonFiniteFeaturesError
 from cka_probe.errors import one_line
@@ -64,7 +64,8 @@ class Forwards:
         models: view -> network; views may share one.
         estimator: the estimator, whose keys are (view, tap).
         stack: the exit stack that removes hooks and moves networks back.
-        layers: as in `select_layers`.
+        layers: view -> layers as in `select_layers`; views that share a network share them. None
+            for the default ones.
         reduce: as in `get_reducer`.
         layout: as in `Collector`.
         device: the device of the forwards; None for where each network is.
@@ -83,7 +84,7 @@ class Forwards:
         estimator: FeatureSink,
         stack: ExitStack,
         *,
-        layers: Any = None,
+        layers: Mapping[str, Layers] | None = None,
         reduce: Any = "flatten",
         layout: str | None = None,
         device: Any = None,
@@ -92,7 +93,6 @@ class Forwards:
     ) -> None:
         self.models, self.estimator, self.amp = models, estimator, amp
         self.hint = hint
-        self._layers_named = layers is not None
         self.tables: dict[str, dict[str, Any]] = {}
         self.macs: dict[str, int] = {}
         self.devices: dict[str, torch.device] = {}
@@ -101,7 +101,7 @@ class Forwards:
         for view, model in models.items():
             if id(model) not in by_model:
                 move_to(model, device, stack)
-                collector = Collector(model, layers, reduce=reduce, layout=layout)
+                collector = Collector(model, (layers or {}).get(view), reduce=reduce, layout=layout)
                 by_model[id(model)] = stack.enter_context(collector)
             self.collectors[view] = by_model[id(model)]
             self.devices[view] = device_of(model)
@@ -174,14 +174,32 @@ class Forwards:
 
     def _check_reached(self) -> None:
         """After the first batch: warn of layers that it never reached."""
-        never = sorted({path for c in self.collectors.values() for path in c.unreached})
-        if self._layers_named and never:
-            warnings.warn(f"layers never reached: {', '.join(never)}", UserWarning, stacklevel=5)
-        if not any(collector.labels for collector in self.collectors.values()):
+        collectors = {id(c): c for c in self.collectors.values()}.values()
+        never = sorted({path for c in collectors for path in c.unreached})
+        tapped = {tap.path for c in collectors for tap in c.labels}
+        lost = {
+            name: why
+            for c in collectors
+            for name, why in c.skipped.items()
+            if name.partition(":")[0].replace(ROOT, "") not in tapped
+        }
+        reasons = [f"{name} ({why})" for name, why in lost.items()]
+        if not any(collector.labels for collector in collectors):
+            found = _shortened([*(f"{path} (never called)" for path in never), *reasons])
             raise ValueError(
-                f"no layer has features: {', '.join(never) or 'none reached'}: "
-                "choose others; `cka-probe layers` lists them"
+                f"no layer has features: {found}: choose others; `cka-probe layers` lists them"
             )
+        if never:
+            text = f"layers never reached: {_shortened(never)}"
+            warnings.warn(text, UserWarning, stacklevel=5)
+        if reasons:
+            text = f"layers left out, as they put out no features: {_shortened(reasons)}"
+            warnings.warn(text, UserWarning, stacklevel=5)
+
+
+def _shortened(names: list[str]) -> str:
+    """The first ten of some names, and how many more there are."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def move_to(model: nn.Module, target: Any, stack: ExitStack) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from cka_probe.activations.layers import Layers
 from cka_probe.distributed.ranks import Ranks
 from cka_probe.engine.estimator import Estimator
 from cka_probe.inputs.batches import Batch, Source, iterate_batches
@@ -65,8 +66,8 @@ class Loop:
 
     def run(
         self, models: Mapping[str, nn.Module], transforms: Mapping[str, Transform],
-        options: ProbeOptions, *, progress: bool, say: Callable[[str], None] | None,
-        announce: Callable[[], None],
+        options: ProbeOptions, *, layers: Mapping[str, Layers], progress: bool,
+        say: Callable[[str], None] | None, announce: Callable[[], None],
     ) -> ForwardResults:  # fmt: skip
         """Make every forward that is still to do.
 
@@ -80,7 +81,7 @@ class Loop:
         """
         with ExitStack() as stack:
             forwards = Forwards(
-                models, self.shared, stack, layers=options.layers, reduce=options.reduce,
+                models, self.shared, stack, layers=layers, reduce=options.reduce,
                 layout=options.layout,
                 device=options.device, amp=options.amp, hint=options.size_hint,
             )  # fmt: skip

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from cka_probe.activations.hooks import Tap
-from cka_probe.activations.layers import unwrap
+from cka_probe.activations.layers import Layers, default_selections, unwrap
 from cka_probe.activations.macs import merge_tables
+from cka_probe.activations.meta import module_calls
 from cka_probe.distributed.ranks import Ranks
 from cka_probe.engine.kernels import get_kernel
 from cka_probe.engine.memory import free_memory, readable
@@ -111,27 +112,48 @@ class Run:
         return done
 
     @cached_property
-    def forecast(self) -> Estimate | None:
-        """Sizes and costs from the shapes of the first image that can be read."""
+    def shapes(self) -> dict[str, tuple[int, ...]] | None:
+        """View -> (c, h, w) of the first image that can be read."""
         for i in range(len(self.source)):
             try:
                 image = self.source.preview(i)
             except ImageError:
                 continue
             label, seed = self.source.ids[i], self.options.seed
-            shapes = {
+            return {
                 view: tuple(apply_view(transform, image, seed, label, view).shape)
                 for view, transform in self.transforms.items()
             }
-            return estimate(
-                {view: unwrap(model) for view, model in self.models.items()},
-                shapes,
-                batch_size=self.options.batch_size,
-                layers=self.options.layers,
-                reduce=self.options.reduce,
-                layout=self.options.layout,
-            )
         return None
+
+    @cached_property
+    def forecast(self) -> Estimate | None:
+        """Sizes and costs, from shapes alone."""
+        if self.shapes is None:
+            return None
+        return estimate(
+            {view: unwrap(model) for view, model in self.models.items()},
+            self.shapes,
+            batch_size=self.options.batch_size,
+            layers=self.layers,
+            reduce=self.options.reduce,
+            layout=self.options.layout,
+        )
+
+    @cached_property
+    def layers(self) -> dict[str, Layers]:
+        """View -> the layers to tap: the user's, else the default ones that fire."""
+        if self.options.layers is not None:
+            return dict.fromkeys(self.models, self.options.layers)
+        runs: dict[int, list[list[str]]] = {}
+        for view, model in self.models.items():
+            calls = module_calls(unwrap(model), self.shapes[view]) if self.shapes else None
+            if calls is not None:
+                runs.setdefault(id(model), []).append(calls)
+        return {
+            view: default_selections(model, runs[id(model)]) if id(model) in runs else None
+            for view, model in self.models.items()
+        }
 
     def _check_ranges(self) -> None:
         """Compare each view's mean and std with the range of the images."""
@@ -259,7 +281,7 @@ class Run:
         began = time.perf_counter()
         results = loop.run(
             self.models, self.transforms, options, progress=progress, say=self.say,
-            announce=self._announce,
+            announce=self._announce, layers=self.layers,
         )  # fmt: skip
         if not self.ranks.first:
             return None

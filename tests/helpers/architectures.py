@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten
 
 import msun
 from cka_probe import probe
+from cka_probe.activations.layers import default_layers
 
 TABLE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 IMAGES, BATCH = 8, 4
@@ -92,6 +93,11 @@ def examine_probe(name: str, model: nn.Module) -> dict[str, str]:
         report = probe(model, x, [small, side], resize="restore", **options)
     layers = report.layers_of(str(side))
     assert layers
+    tapped = {tap for view in report.views for tap in map(plain, report.layers_of(view))}
+    named = {*report.meta["unreached"], *map(plain, report.meta["skipped"])}
+    for path in default_layers(model):
+        inside = any(tap.startswith(f"{path}.") for tap in tapped)
+        assert path in tapped | named or inside, f"{name}: {path} is neither tapped nor named"
     compare_with_clones(model, x, report, [layers[0], layers[-1]], side)
     finite = bool(np.isfinite(report.cka).all())
     assert finite == (name not in NOT_FINITE), f"{name}: finite is {finite}"
