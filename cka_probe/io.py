@@ -173,5 +173,7 @@ def plain(value: Any, where: str = "meta") -> Any:
 def digest(tensor: Tensor) -> str:
     """SHA-256 over dtype, shape and content of a tensor."""
     sha = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()  # the same numbers, in whatever order they are stored
     sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()

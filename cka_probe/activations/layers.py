@@ -57,6 +57,11 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
     if not isinstance(model, nn.Module):
         raise TypeError(f"no network: {type(model).__name__}: give an nn.Module")
+    if _is_exported(model):
+        raise TypeError(
+            f"hooks do not fire in an exported graph: {type(model).__name__}, whose layers became "
+            "operators: give the nn.Module that it was exported from"
+        )
     for path, module in model.named_modules():
         scripted = module is model and isinstance(module, torch.jit.ScriptModule)
         compiled = getattr(module, "_compiled_call_impl", None) is not None
@@ -66,6 +71,15 @@ def unwrap(model: nn.Module) -> nn.Module:
                 "give the plain nn.Module, neither scripted, compiled nor wrapped"
             )
     return model
+
+
+def _is_exported(model: nn.Module) -> bool:
+    """Whether it comes from `torch.export`: a graph of operators, which calls no module."""
+    if not isinstance(model, torch.fx.GraphModule):
+        return False
+    operators = any(isinstance(node.target, torch._ops.OpOverload) for node in model.graph.nodes)
+    called = {node.target for node in model.graph.nodes if node.op == "call_module"}
+    return operators and not called - {"_guards_fn"}
 
 
 def _wrapped(module: nn.Module) -> nn.Module | None:

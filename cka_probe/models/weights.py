@@ -173,6 +173,7 @@ def check_finite(model: nn.Module, label: str) -> None:
     for name, x in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(x) or not x.is_floating_point():
             continue
+        x = x if x.layout == torch.strided else x.to_dense()
         bad = ~torch.isfinite(x) & ((x != -torch.inf) | isinstance(x, nn.Parameter))
         if bad.any():
             count = f"{int(bad.sum())} of {x.numel()} values in {name!r} of {label}"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cka_probe.activations.hooks import Tap
 from cka_probe.activations.layers import Layers, default_selections, unwrap
 from cka_probe.activations.macs import merge_tables
-from cka_probe.activations.meta import module_calls
+from cka_probe.activations.meta import check_loaded, module_calls
 from cka_probe.distributed.ranks import Ranks
 from cka_probe.engine.kernels import get_kernel
 from cka_probe.engine.memory import free_memory, readable
@@ -84,6 +84,8 @@ class Run:
         self.plan = plan(len(self.source), options.batch_size)
         self.models, self.transforms, self.reference = _resolve_views(model, options, self.source)
         # every rank has its own free memory: the choice of rank 0 holds
+        for net in self.models.values():
+            check_loaded(net)
         self._check_ranges()
         self.choice: Choice = self.ranks.agree(self._choose())
         self.fingerprint = run_fingerprint(

@@ -134,9 +134,10 @@ def trace_graph(model: nn.Module) -> dict[bool, Trace]:
         ValueError: a hook on a container, which a graph would lose; a forward that fx cannot
             trace; or lazy modules that never ran.
     """
-    if any(map(is_lazy, model.parameters())):
-        name = type(model).__name__
-        raise ValueError(f"parameters have no shape yet: {name}: run the network once first")
+    for name, x in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(x):
+            hint = "run the network once on images"
+            raise ValueError(f"parameters have no shape yet: {name!r} is lazy: {hint}")
     opaque: set[str] = set()
     buffers = True
     _refuse_hooks(model, _Tracer(opaque, buffers))

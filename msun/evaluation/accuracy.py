@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from cka_probe.activations.meta import check_loaded
 from cka_probe.engine.minibatch import Minibatch
 from cka_probe.inputs.batches import MIN_IMAGES, order, plan
 from cka_probe.inputs.views import check_scales, resize
@@ -124,6 +125,8 @@ def evaluate(
     if predictions is not None and not Path(predictions).absolute().parent.is_dir():
         raise ValueError(f"no folder for the predictions: {predictions}: make it first")
     net = model.model if isinstance(model, LoadedModel) else model
+    if isinstance(net, nn.Module):
+        check_loaded(net)
     network = EvalNetwork(net, at=at, features=cka, device=device)
     source = open_tests(data, split, n_images, seed)
     top = reference_side(model, sides) if reference is None else check_scales([reference])[0]

@@ -5,7 +5,6 @@ Re-estimated statistics: Yu et al. 2019 (slimmable networks), Yang et al. 2020 (
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Generator, Sequence
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cka_probe.activations.layers import unwrap
+from cka_probe.activations.meta import detached_copy
 from cka_probe.inputs.batches import order
 from cka_probe.inputs.views import check_scales
 from cka_probe.models.load import LoadedModel
@@ -138,7 +138,7 @@ def recalibrated(
     """
     plain = unwrap(model.model if isinstance(model, LoadedModel) else model)
     images = _Images(model, data, n_images, batch_size, split, mean, std, seed, workers)
-    copied = copy.deepcopy(plain)
+    copied = detached_copy(plain)
     if not isinstance(copied, MSUN):
         install(copied)
         if _select_by_size not in copied._forward_pre_hooks.values():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cka_probe.activations.layers import unwrap
+from cka_probe.activations.meta import detached_copy
 from cka_probe.io import plain
 from cka_probe.models.load import LoadedModel
 from cka_probe.models.preprocessing import stated_constants
@@ -188,7 +188,7 @@ def _spec(backbone: nn.Module | LoadedModel, spec: Mapping[str, Any] | None) -> 
 
 def _parts(model: nn.Module, at: str, example: Tensor) -> tuple[Part, Part]:
     """Head and tail of a copy of the backbone."""
-    head, tail = cut(copy.deepcopy(model), at, example)
+    head, tail = cut(detached_copy(model), at, example)
     assert isinstance(head, Part)
     assert isinstance(tail, Part)
     return with_functional_modules(head), tail
@@ -275,7 +275,7 @@ def small_subnets(
 
     made, changes = {reference: head}, {reference: ""}
     for side in sides[:-1]:
-        own = copy.deepcopy(head) if policy.subnets == "own" else head
+        own = detached_copy(head) if policy.subnets == "own" else head
         if design is not None:
             made[side] = paper_subnet(design, own, side, resample=start == "resampled")
             changes[side] = design.describe(side)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from contextlib import ExitStack
 from typing import Any, TypeVar
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from cka_probe.activations.layers import unwrap
+from cka_probe.activations.meta import detached_copy
 from cka_probe.models.load import LoadedModel
 from cka_probe.rng import eval_mode, preserved_rng
 from msun.cutting.cuts import example_images
@@ -44,7 +44,7 @@ def replace_classifier(model: Network, classes: int, *, seed: int = 0) -> Networ
     if isinstance(model, LoadedModel):
         inner = replace_classifier(unwrap(model.model), classes, seed=seed)
         return dataclasses.replace(model, model=inner, classes=classes)
-    made = copy.deepcopy(model)
+    made = detached_copy(model)
     path = _classifier(made)
     old = made.get_submodule(path)
     with preserved_rng():

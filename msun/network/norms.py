@@ -6,7 +6,6 @@ Private batch norm per input size: Wang et al. 2020 (RS-Net). Re-estimated stati
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cka_probe.activations.meta import detached_copy
 from cka_probe.rng import eval_mode
 
 __all__ = [
@@ -50,7 +50,7 @@ class SizedNorm(nn.Module):
         keys = [_SHARED] if scales is None else [str(scale) for scale in scales]
         self.norms = nn.ModuleDict({keys[-1]: norm})
         for key in keys[:-1]:
-            self.norms[key] = copy.deepcopy(norm)
+            self.norms[key] = detached_copy(norm)
         self.norms = nn.ModuleDict({key: self.norms[key] for key in keys})
         self.sizes: set[Size] = set()
         self.active: tuple[int, Size] | None = None

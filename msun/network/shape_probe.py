@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cka_probe.activations.macs import MacCounter
-from cka_probe.activations.meta import meta_copy
+from cka_probe.activations.meta import detached_copy, meta_copy
 from cka_probe.errors import one_line
 from cka_probe.rng import preserved_rng
 from msun.network.norms import SizedNorm
@@ -74,7 +73,7 @@ class ShapeProbe:
         self.kind: str
         for kind in _KINDS if like is None else (like.kind,):
             self.kind, self.device = kind, torch.device("cpu" if kind == "whole" else "meta")
-            copied = copy.deepcopy(module).cpu() if kind == "whole" else meta_copy(module)
+            copied = detached_copy(module).cpu() if kind == "whole" else meta_copy(module)
             self.module = (_bare(copied) if kind == "bare" else copied).eval()
             self.memo.clear()
             if not known or not self.run(known, sizes).fault:

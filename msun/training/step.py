@@ -208,6 +208,7 @@ class TrainingStep:
             DivergedError: weights or statistics are not finite.
         """
         for name, x in self.model.state_dict().items():
+            x = x if x.layout == torch.strided else x.to_dense()
             # some networks have -inf in an attention mask; nan and inf mean divergence
             if x.is_floating_point() and not bool((x.isfinite() | (x == -math.inf)).all()):
                 raise DivergedError(f"training diverged: step {self.step}, {name} is not finite")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cka_probe.activations.meta import check_loaded
 from cka_probe.distributed.ranks import Ranks, own_device, started
 from cka_probe.errors import one_line
 from cka_probe.inputs.batches import order
@@ -95,6 +96,7 @@ class _Run:
         self, model: MSUN, data: Any, config: TrainConfig, device: torch.device, ranks: Ranks
     ) -> None:
         self.model, self.config, self.device, self.ranks = model, config, device, ranks
+        check_loaded(model)
         self.out = Path(config.out).expanduser()
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"output is not a folder: {self.out}: choose another out (--out)")

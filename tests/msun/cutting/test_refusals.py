@@ -240,7 +240,9 @@ def test_networks_that_cannot_be_recorded():
         msun.cut_points, Typed(), noise()
     )
     lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten())
-    assert "parameters have no shape yet: Sequential: " in refusal(msun.cut_points, lazy, noise())
+    assert "parameters have no shape yet: '0.weight' is lazy: " in refusal(
+        msun.cut_points, lazy, noise()
+    )
     assert "no network: str: " in refusal(msun.cut_points, "resnet18", error=TypeError)
 
 
