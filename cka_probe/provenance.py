@@ -22,8 +22,9 @@ def model_sha256(model: nn.Module) -> str:
     """SHA-256 of the structure (its printed form), the values and the code of a network.
 
     Values are every parameter and buffer. Code is the source of the user's own classes, of the
-    functions and constants of their files that they name; the libraries are known by their versions.
-    Not noticed: hooks, as most of them watch and change nothing. What has no source, as in a Python prompt, counts by its name.
+    functions and constants of their files that they name; the libraries are known by their
+    versions. What has no source, as in a Python prompt, counts by its name. Not noticed: hooks, as
+    most of them watch and change nothing.
 
     Args:
         model: the network without its wrapper (DataParallel, torch.compile), which changes names.

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 
 from cka_probe.activations.meta import meta_copy
 from msun.cutting.halves import Part
@@ -33,6 +34,7 @@ __all__ = [
 
 _M = TypeVar("_M", bound=nn.Module)
 # Forwards of torch itself, whose output size is known; subclasses (timm) may pad on their own.
+_MOST_PADDING = 16  # more than any kernel of use lacks
 _STOCK = {nn.Conv2d.forward, nn.MaxPool2d.forward, nn.AvgPool2d.forward}
 
 
@@ -44,12 +46,14 @@ class Leaf(NamedTuple):
         jump: distance in image pixels between neighbours of its input map.
         stride: factor by which it reduces that map; 1 for most.
         shape: shape of its input.
+        padded: whether that input was padded by a step of its own (F.pad, nn.ZeroPad2d).
     """
 
     path: str
     jump: int
     stride: int
     shape: tuple[int, ...]
+    padded: bool = False
 
 
 class Step(NamedTuple):
@@ -113,10 +117,17 @@ class _Recorder(fx.Interpreter):
         if n.op == "call_module" and isinstance(taken, Tensor):
             module = self.fetch_attr(str(n.target))
             stride = _reduction(module, taken, out)
-            self.leaves.append(Leaf(str(n.target), jump, stride, tuple(taken.shape)))
+            shape, padded = tuple(taken.shape), self._pads(given[0])
+            self.leaves.append(Leaf(str(n.target), jump, stride, shape, padded))
             jump *= stride
         self.jumps[n] = jump
         return out
+
+    def _pads(self, n: fx.Node) -> bool:
+        """Whether a node is a padding."""
+        if n.op == "call_module":
+            return type(self.fetch_attr(str(n.target))).__module__ == "torch.nn.modules.padding"
+        return n.op == "call_function" and getattr(n.target, "__name__", "") == "pad"
 
 
 def _reduction(module: nn.Module, taken: Tensor, out: Any) -> int:
@@ -154,7 +165,7 @@ def steps(leaves: list[Leaf]) -> list[Step]:
     return [Step(*key, tuple(dict.fromkeys(found[key]))) for key in sorted(found)]
 
 
-def with_stride(module: _M, stride: int, dilation: int = 1) -> _M:
+def with_stride(module: _M, stride: int, dilation: int = 1, most: int | None = None) -> _M:
     """A shallow copy of a module with another stride and dilation.
 
     Its output has the side ceil(input / stride). Padding grows only at the right and the bottom, so
@@ -165,20 +176,21 @@ def with_stride(module: _M, stride: int, dilation: int = 1) -> _M:
         module: a convolution, a pooling, or a container of them; left unchanged.
         stride: the new stride.
         dilation: factor by which the input map became finer.
+        most: the most padding to add at the right and the bottom; None for as much as it takes.
 
     Raises:
         ValueError: a module that cannot be dilated.
     """
     copied = shallow(module)
     made: Any = copied  # without a type: the attributes below depend on the class
-    if module._modules:
+    if module._modules and not is_parametrized(module):
         if dilation > 1:
             raise ValueError(
                 f"a layer cannot be dilated: {type(module).__name__}: choose start 'copied'"
             )
         for name, child in module._modules.items():
             if child is not None and any(stride_of(part) > 1 for part in child.modules()):
-                made._modules[name] = with_stride(child, stride)
+                made._modules[name] = with_stride(child, stride, most=most)
         return copied
     kernel, padding = getattr(module, "kernel_size", None), getattr(module, "padding", None)
     changed = stride_of(module) != stride
@@ -205,7 +217,8 @@ def with_stride(module: _M, stride: int, dilation: int = 1) -> _M:
         # a window of dilated width (k - 1) d + 1 gives ceil(side / stride) if 2 p reaches (k - 1) d
         short = [max(0, (k - 1) * d - 2 * p) for k, d, p in zip(*shape, strict=True)]
         if any(short) and _falls_short(made, stride):
-            extra = (short[0], short[1])
+            limit = max(short) if most is None else most
+            extra = (min(short[0], limit), min(short[1], limit))
     before = (0, 0)
     if dilation > 1 and isinstance(module, nn.MaxPool2d):  # torch limits its padding to kernel / 2
         before, made.padding = _pair(made.padding), 0
@@ -294,7 +307,9 @@ def remove_strides(
             return (0, 0), result.fault or "another map"
         return (shape[axes[0]], shape[axes[1]]), ""
 
+    padded = {leaf.path for leaf in leaves if leaf.padded and leaf.stride > 1}
     best, strides = shallow_part(head), dict[tuple[int, int], int]()
+    paddings = dict[str, int]()
     grid, fault = grid_of(best)
     every = steps(leaves)
     # Strides whose removal had no effect alone: on tiny maps sides are rounded up, and only several
@@ -306,11 +321,20 @@ def remove_strides(
                 break
             for more in ({}, pending) if pending else ({},):
                 tried = {**strides, **more, step[:2]: stride}
-                attempt = _changed(head, leaves, every, tried, dilated=dilated)
+                attempt = _changed(head, leaves, every, tried, paddings, dilated=dilated)
                 finer, _ = grid_of(attempt)
                 if finer[0] * finer[1] > grid[0] * grid[1]:
                     best, strides, grid = attempt, tried, finer
                     pending = {}
+                    # Where the head pads by itself, more padding would make the map too large.
+                    own = padded & {path for s in every if s[:2] in tried for path in s.paths}
+                    for most in range(_MOST_PADDING) if own - paddings.keys() else ():
+                        less = {**dict.fromkeys(own, most), **paddings}
+                        attempt = _changed(head, leaves, every, tried, less, dilated=dilated)
+                        found, _ = grid_of(attempt)
+                        if all(f >= min(w, g) for f, w, g in zip(found, wanted, grid, strict=True)):
+                            best, grid, paddings = attempt, found, less
+                            break
                     break
             else:
                 if finer[0]:
@@ -343,10 +367,11 @@ def _changed(
     leaves: list[Leaf],
     every: list[Step],
     strides: Mapping[tuple[int, int], int],
+    paddings: Mapping[str, int],
     *,
     dilated: bool,
 ) -> Part:
-    """A shallow copy of a head with other strides at some steps."""
+    """A shallow copy of a head with other strides, and the most padding, at some steps."""
     made = shallow_part(head)
     new = {path: strides[s[:2]] for s in every for path in s.paths if s[:2] in strides}
     for leaf in {leaf.path: leaf for leaf in leaves}.values():
@@ -364,7 +389,9 @@ def _changed(
                 "removed one: choose start 'copied'"
             )
         if leaf.path in new or _has_kernel(module):
-            replace_module(made, leaf.path, with_stride(module, stride, finer))
+            replace_module(
+                made, leaf.path, with_stride(module, stride, finer, paddings.get(leaf.path))
+            )
     return made
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import msun
 from msun.network.functional_layers import Convolve, with_functional_modules
@@ -288,3 +289,82 @@ def test_the_first_kernel_is_resampled_in_its_own_size():
     assert not outside.any()
     assert torch.equal(head.get_submodule("0.0").weight, old)
     assert resample_first(head_of(nn.Conv2d(3, 4, 1)), 0.5) == ""
+
+
+class Doubled(nn.Module):
+    """A parametrisation of the user's."""
+
+    def forward(self, weight):
+        return 2 * weight
+
+
+def doubled(layer):
+    nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+    return layer
+
+
+def pruned(layer):
+    return prune.l1_unstructured(layer, "weight", 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`")
+@pytest.mark.parametrize("preset", ["lean", "paper"])
+@pytest.mark.parametrize("change", [
+    nn.utils.parametrizations.weight_norm, nn.utils.weight_norm, nn.utils.spectral_norm, doubled,
+    pruned,
+])  # fmt: skip
+def test_a_subnet_of_parametrised_layers_is_that_of_plain_ones(change, preset):
+    def built(change):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 4, 2, 1), nn.Conv2d(8, 8, 3, 1, 1)]
+        top = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)]
+        model = nn.Sequential(*map(change, layers), *top).eval()
+        return model, msun.build(model, "1", [16, 32, 64], preset=preset).eval()
+
+    (_, plain), (model, net) = built(lambda layer: layer), built(change)
+    for side in net.scales:
+        assert net.macs(side) == plain.macs(side) <= net.macs(64)
+        assert net._planner.plan(side, side)[:3] == plain._planner.plan(side, side)[:3]
+    with torch.no_grad():
+        x = torch.randn(2, 3, 64, 64)
+        assert torch.equal(net(x), model(x))
+        assert net(torch.randn(2, 3, 16, 16)).shape == (2, 10)
+
+
+class SelfPadded(nn.Module):
+    """The same network with its padding in the layers, by a function, or by modules."""
+
+    def __init__(self, how, kernel):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.pads = how, kernel // 2
+        inside = self.pads if how == "inside" else 0
+        self.a, self.b = (nn.Conv2d(c, 8, kernel, 2, inside) for c in (3, 8))
+        self.pool = nn.MaxPool2d(3, 2, 1 if how == "inside" else 0)
+        self.zero, self.one = nn.ZeroPad2d(self.pads), nn.ZeroPad2d(1)
+        self.c = nn.Conv2d(8, 16, 3, padding=1)
+
+    def forward(self, x):
+        function = {
+            "inside": lambda x, n: x,
+            "function": lambda x, n: nn.functional.pad(x, (n, n, n, n)),
+            "module": lambda x, n: self.one(x) if n == 1 else self.zero(x),
+            "reflect": lambda x, n: nn.functional.pad(x, (n,) * 4, mode="reflect"),
+        }[self.how]
+        x = self.a(function(x, self.pads)).relu()
+        x = self.b(function(self.pool(function(x, 1)), self.pads)).relu()
+        return self.c(x).mean((2, 3))
+
+
+@pytest.mark.parametrize("how", ["function", "module", "reflect"])
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("preset", ["lean", "paper"])
+def test_padding_outside_of_the_layers_makes_no_map_larger(how, kernel, preset):
+    nets = [
+        msun.build(SelfPadded(one, kernel).eval(), "b", [32, 64], preset=preset)
+        for one in ("inside", how)
+    ]
+    for side in (32, 64):
+        inside, outside = (net._planner.plan(side, side) for net in nets)
+        assert outside[:3] == inside[:3]
+        assert outside.macs == inside.macs <= nets[1].macs(64)
