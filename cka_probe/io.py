@@ -21,7 +21,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["digest", "load_npz", "plain", "remove_partial_files", "replacing", "save_npz"]
+__all__ = [
+    "digest",
+    "load_npz",
+    "load_torch",
+    "plain",
+    "remove_partial_files",
+    "replacing",
+    "save_npz",
+    "save_torch",
+]
 
 
 @contextmanager
@@ -141,6 +150,69 @@ def load_npz(
         return stored, json.loads(str(stored.pop("meta")))
     except ValueError:
         raise ValueError(f"{what} whose meta is no JSON: {path}: make it again") from None
+
+
+def save_torch(path: str | os.PathLike[str], content: Any) -> None:
+    """Write tensors and plain values whole or not at all, with a checksum of every part.
+
+    Args:
+        path: where the file is to be.
+        content: what `torch.save` takes.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    with replacing(path) as temporary:
+        try:
+            with _checksums(), temporary.open("wb") as file:
+                torch.save(content, file)
+        except RuntimeError as error:  # torch reports its own failure after that of the disk
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            cause.filename = cause.filename or str(path)
+            raise cause from None
+
+
+@contextmanager
+def _checksums() -> Iterator[None]:
+    """Have torch write the checksums that `load_torch` checks, whatever the user set."""
+    set_options = getattr(torch.serialization, "set_crc32_options", None)
+    if set_options is None:  # torch 2.5 always writes them
+        yield
+        return
+    before = torch.serialization.get_crc32_options()
+    set_options(True)
+    try:
+        yield
+    finally:
+        set_options(before)
+
+
+def load_torch(path: str | os.PathLike[str]) -> Any:
+    """Read what `save_torch` wrote, on the CPU; nothing in the file is executed.
+
+    torch does not check the checksums that it writes: a flipped bit would be another weight.
+
+    Args:
+        path: the file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a damaged file, or one that holds more than tensors and plain values.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"checksum differs: {damaged}: make the file again")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (MemoryError, OSError, ValueError):
+        raise
+    except Exception as error:  # BadZipFile, UnpicklingError, RuntimeError, EOFError, KeyError, ...
+        raise ValueError(f"file damaged, or of another kind: {path}: make it again") from error
 
 
 # What numpy and zipfile raise on archives that are cut, flipped, encrypted or hold pickles.

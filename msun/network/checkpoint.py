@@ -9,12 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cka_probe.activations.layers import unwrap
 from cka_probe.errors import one_line
-from cka_probe.io import plain, replacing
+from cka_probe.io import load_torch, plain, save_torch
 from cka_probe.models.load import LoadedModel, load_model
 from cka_probe.models.weights import check_values
 from msun.network.builder import build, fingerprint
@@ -72,8 +71,7 @@ def save(model: MSUN, path: str | os.PathLike[str], extra: Mapping[str, Any] | N
         "state": {key: x.detach().cpu() for key, x in model.state_dict().items()},
         "extra": dict(extra or {}),
     }
-    with replacing(path) as temporary:
-        torch.save(content, temporary)
+    save_torch(path, content)
     return Path(path)
 
 
@@ -94,10 +92,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no such checkpoint: {path}: check the path")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # UnpicklingError, EOFError, RuntimeError, KeyError, ...
+        content = load_torch(path)
+    except ValueError as error:
         reason = "another kind of file, or damaged"
         raise ValueError(f"cannot read the checkpoint: {path}, {reason}: save it again") from error
     if not isinstance(content, dict) or content.get("kind") != _KIND:

@@ -11,9 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from cka_probe.io import plain, replacing
+from cka_probe.io import load_torch, plain, replacing, save_torch
 from msun.training.config import check_same_run
 
 __all__ = [
@@ -44,8 +42,7 @@ def save_state(folder: Path, run: Mapping[str, Any], state: Mapping[str, Any]) -
     Raises:
         OSError: the folder cannot be written.
     """
-    with replacing(folder / STATE) as temporary:
-        torch.save({"format": _FORMAT, "run": json.dumps(run), **state}, temporary)
+    save_torch(folder / STATE, {"format": _FORMAT, "run": json.dumps(run), **state})
 
 
 def load_state(folder: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -66,11 +63,9 @@ def load_state(folder: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = load_torch(path)
         form, saved = state.pop("format"), json.loads(state.pop("run"))
-    except MemoryError:
-        raise
-    except Exception as error:  # UnpicklingError, RuntimeError, EOFError, KeyError, ...
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         text = f"{path}: run with overwrite (--overwrite) and without resume"
         raise ValueError(f"saved state cut short or damaged: {text}") from error
     if form > _FORMAT:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,7 +47,7 @@ def after(owner, name, count, *, before=False, half=False):
     def wrapped(*args, **kwargs):
         calls[0] += 1
         if calls[0] == count and half:
-            torch.save = lambda content, path: (open(path, "wb").write(b"PK half a file"), die())
+            torch.save = lambda content, file: (file.write(b"PK half"), file.flush(), die())
         if calls[0] == count and before:
             die()
         out = whole(*args, **kwargs)
@@ -265,8 +267,6 @@ def test_runs_of_earlier_versions_go_on(tmp_path):
 
 
 def test_where_and_how_may_change(interrupted, whole, tmp_path):
-    import shutil
-
     out = tmp_path / "moved"
     shutil.copytree(interrupted, out)
     model, _ = run(out, resume=True, workers=1, save_every_s=9.0, device="cpu")
@@ -309,11 +309,37 @@ def test_damaged_states_are_named(interrupted, tmp_path, content):
 
 
 def test_overwrite_begins_anew(interrupted, tmp_path, whole):
-    import shutil
-
     out = tmp_path / "out"
     shutil.copytree(interrupted, out)
     model, _ = run(out, overwrite=True)
     assert same(weights(model), whole[0])
     with pytest.raises(ValueError, match="resume and overwrite: both are on: "):
         replace(options(out), resume=True, overwrite=True)
+
+
+def test_flipped_bits_of_a_state_are_noticed(interrupted, tmp_path):
+    """In the weights, where torch reads them as other weights."""
+    out = tmp_path / "out"
+    out.mkdir()
+    flipped = bytearray((interrupted / "state.pt").read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    (out / "state.pt").write_bytes(flipped)
+    with pytest.raises(ValueError, match=r"^saved state cut short or damaged: .*state.pt: "):
+        run(out, resume=True)
+
+
+def test_a_full_disk_ends_a_run_and_its_last_state_stays(interrupted, whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(interrupted, out)
+    good = (out / "state.pt").read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # files cannot grow any more
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        with pytest.raises(OSError, match="File too large") as caught:
+            run(out, resume=True, save_every_s=0.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.filename.endswith("state.pt")
+    assert (out / "state.pt").read_bytes() == good
+    model, _ = run(out, resume=True)
+    assert same(weights(model), whole[0])
