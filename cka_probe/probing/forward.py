@@ -93,6 +93,7 @@ class Forwards:
     ) -> None:
         self.models, self.estimator, self.amp = models, estimator, amp
         self.hint = hint
+        self._batch: Batch | None = None  # the open one, to name its images
         self.tables: dict[str, dict[str, Any]] = {}
         self.macs: dict[str, int] = {}
         self.devices: dict[str, torch.device] = {}
@@ -116,7 +117,7 @@ class Forwards:
             ValueError: a network cannot take a size, or features are NaN or Inf; the message
                 names the view and, where known, the layer.
         """
-        first = not self.tables
+        first, self._batch = not self.tables, batch
         for view, x in batch.views.items():
             bar.set_postfix_str(f"view {view}", refresh=False)
             self._forward(view, x, batch.index, first)
@@ -134,7 +135,7 @@ class Forwards:
         except NonFiniteFeaturesError as error:
             view, tap = error.key
             where = f"layer {self.collectors[view].labels[tap]!r}, view {view!r}, batch {index}"
-            raise _not_finite(error, where) from error
+            raise self._image_error(view) or _not_finite(error, where) from error
 
     def results(self) -> ForwardResults:
         """What the forwards showed so far."""
@@ -165,12 +166,28 @@ class Forwards:
             if isinstance(error, OSError):
                 raise  # a full disk: no fault of the network
             if error is collector.fault:
+                if _is_not_finite(error) and (of_image := self._image_error(view)) is not None:
+                    raise of_image from error
                 raise _tapping_error(error, where) from error
             raise _network_error(error, collector.model, x, where, self.hint) from error
         if first:
             self.macs[view] = counter.macs() // n
             counter.warn_uncounted()
             self.tables[view] = layer_table({view: collector}, {view: unwrap(self.models[view])})
+
+    def _image_error(self, view: str) -> ValueError | None:
+        """The error that names an image of the open batch which holds NaN or infinity."""
+        if self._batch is None:
+            return None
+        for name, x in zip(self._batch.ids, self._batch.views[view], strict=True):
+            bad = int((~torch.isfinite(x)).sum())
+            if bad:
+                kind = "NaN" if bool(torch.isnan(x).any()) else "infinity"
+                return ValueError(
+                    f"image is not finite: {name!r} has {kind} in {bad} of {x.numel()} values in "
+                    f"view {view!r}: leave it out, or mend it or the view's transform"
+                )
+        return None
 
     def _check_reached(self) -> None:
         """After the first batch: warn of layers that it never reached."""
@@ -216,12 +233,17 @@ def move_to(model: nn.Module, target: Any, stack: ExitStack) -> None:
     stack.callback(model.to, before)
 
 
-def _tapping_error(error: Exception, where: str) -> Exception:
-    """The error of a reducer, a kernel or the estimator, with the view and the batch."""
+def _is_not_finite(error: Exception) -> bool:
+    """Whether NaN or infinity in the features is its cause."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, NonFiniteFeaturesError):
         cause = cause.__cause__
-    if cause is not None:
+    return cause is not None
+
+
+def _tapping_error(error: Exception, where: str) -> Exception:
+    """The error of a reducer, a kernel or the estimator, with the view and the batch."""
+    if _is_not_finite(error):
         return _not_finite(error, where)
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return _out_of_memory(where)

@@ -338,6 +338,8 @@ class _Evaluation:
         if not bool(torch.isfinite(logits).all()):
             bad = rows[int((~torch.isfinite(logits)).any(1).nonzero()[0, 0])]
             where = f"image {bad} of {self.source.name!r} at {found.side_px[bad, k]} px"
+            if not bool(torch.isfinite(self.source.load(bad)[0]).all()):
+                raise ValueError(f"image is not finite: {where}: mend it, or leave it out")
             raise ValueError(
                 f"scores are not finite: {self.network.name}, {where}: check the weights of the "
                 "network and the mean and std of its inputs"

@@ -244,7 +244,7 @@ class _Run:
                 while training.step < self.total:
                     self._epoch(training.step // self.per_epoch, bar)
             except DivergedError as error:
-                raise ValueError(f"{error}: {self._hint()}") from error
+                raise ValueError(f"{error}: {self._bad_image() or self._hint()}") from error
             finally:
                 self._remove_empty_folder()
             bar.leave = True
@@ -270,6 +270,15 @@ class _Run:
             for path in self.created:
                 with suppress(OSError):  # another program wrote a file there
                     path.rmdir()
+
+    def _bad_image(self) -> str:
+        """The training image that holds NaN or infinity, if one does."""
+        if self.data.is_pixels:  # decoded from integers
+            return ""
+        for i in self.train:
+            if not bool(torch.isfinite(self.data.load(i)[0]).all()):
+                return f"image {i} of {self.data.name!r} is not finite, mend it or leave it out"
+        return ""
 
     def _hint(self) -> str:
         """What to do after a run that diverged."""

@@ -269,14 +269,13 @@ def test_memory_of_the_card_does_not_grow_with_the_images():
     assert of(512, "exact") > of(64, "exact") + features
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("options", [{"estimator": name} for name in ESTIMATORS]
                          + [{"kernel": "rbf"}])  # fmt: skip
-def test_what_is_not_finite_is_named(options, bad):
+def test_what_is_not_finite_is_named(options):
     data = images(12)
-    data[torch.randperm(12, generator=torch.Generator().manual_seed(0))[5]] = bad
+    data[torch.randperm(12, generator=torch.Generator().manual_seed(0))[5]] = 3e38
     with pytest.raises(
-        ValueError, match=r"non-finite features: .*layer 'stem', view '16', batch 1: mend"
+        ValueError, match=r"non-finite features: .*layer 'stem', view '16', batch 1: check"
     ):
         call({**options, "images": data, "scales": [16], "device": "cuda"})
 

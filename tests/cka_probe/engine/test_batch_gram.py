@@ -74,11 +74,11 @@ def test_what_is_not_finite_is_named(value, kind, monkeypatch):
     assert caught.value.key == "key"
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("estimator", ["minibatch", "rbf", "exact", "sketch"])
-def test_non_finite_features_are_named_once_a_batch(accelerated, bad, estimator):
+def test_non_finite_features_are_named_once_a_batch(accelerated, estimator):
     data = images(12)
-    data[torch.randperm(12, generator=torch.Generator().manual_seed(0))[5]] = bad
+    # finite itself, as an image with NaN would be named in place of the layer
+    data[torch.randperm(12, generator=torch.Generator().manual_seed(0))[5]] = 3e38
     options = {"kernel": "rbf"} if estimator == "rbf" else {"estimator": estimator}
     with pytest.raises(
         ValueError, match=r"non-finite features: .*layer 'stem', view '16', batch 1: check"
