@@ -85,3 +85,107 @@ def test_the_commands_of_the_readme_fit_a_folder_of_ones_own(place, capsys):
     assert not torch.equal(net.subnets["40"].state_dict()["features.0.weight"], trained)
     rows = ["eval", str(place / "run" / "model.pt"), "--data", str(place / "data")]
     assert main([*rows, "--sizes", "24,40", "--out", str(place / "eval")]) == 0
+
+
+class Cosine(nn.Linear):
+    """A cosine classifier: a class of its own, with a parameter of its own."""
+
+    def __init__(self, d, n):
+        super().__init__(d, n, bias=False)
+        self.scale = nn.Parameter(torch.tensor(16.0))
+
+    def forward(self, x):
+        normalize = nn.functional.normalize
+        return self.scale * nn.functional.linear(normalize(x), normalize(self.weight))
+
+
+class Prototypes(nn.Linear):
+    """Without a way to draw its weights."""
+
+    reset_parameters = None
+
+    def __init__(self, d, n):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = d, n
+        self.weight, self.bias = nn.Parameter(torch.randn(n, d)), None
+        self.register_buffer("counts", torch.arange(n))
+
+
+def ending_in(head):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head
+    ).eval()  # fmt: skip
+
+
+HEADS = {
+    "cosine": lambda: Cosine(8, 10),
+    "prototypes": lambda: Prototypes(8, 10),
+    "weight_norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 10)),
+    "spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 10)),
+    "old weight_norm": lambda: nn.utils.weight_norm(nn.Linear(8, 10)),
+    "old spectral_norm": lambda: nn.utils.spectral_norm(nn.Linear(8, 10)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`")
+@pytest.mark.parametrize("classes", [3, 10, 17])
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_classifier_of_another_kind_keeps_its_kind(kind, classes):
+    model = ending_in(HEADS[kind]())
+    made = msun.replace_classifier(model, classes)
+    old, new = model[4], made[4]
+    assert type(new).__name__ == type(old).__name__
+    assert set(new.state_dict()) == set(old.state_dict())
+    assert len(new._forward_pre_hooks) == len(old._forward_pre_hooks)
+    assert (new.in_features, new.out_features) == (8, classes)
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        out = made(x)
+        assert out.shape == (2, classes)
+        if kind == "cosine":
+            assert float(out.abs().max()) <= 16.001
+        if "spectral" in kind:
+            made.train()
+            for _ in range(100):  # the power iteration of the new rows converges
+                made(x)
+            assert float(torch.linalg.matrix_norm(new.weight, 2)) == pytest.approx(1, abs=0.05)
+    assert model(x).shape == (2, 10)
+    made.train()(x).sum().backward()
+    assert made[0].weight.grad is not None
+
+
+class TwoHeads(nn.Module):
+    """As the distilled networks of timm: the mean of two classifiers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.hidden = nn.Conv2d(3, 10, 3), nn.Linear(10, 10)
+        self.head, self.head_dist = nn.Linear(10, 10), nn.Linear(10, 10)
+        self.num_classes = 10
+
+    def forward(self, x):
+        x = self.hidden(self.conv(x).mean((2, 3)))
+        return (self.head(x) + self.head_dist(x)) / 2
+
+
+@pytest.mark.parametrize("name", ["timm:levit_128s", "timm:deit_tiny_distilled_patch16_224"])
+def test_both_classifiers_of_a_distilled_network_are_new(name):
+    pytest.importorskip("timm")
+    model = load_model(name, "none").model
+    for classes in (1, 7):
+        made = msun.replace_classifier(model, classes)
+        with torch.no_grad():
+            assert made.eval()(torch.randn(2, 3, 224, 224)).shape == (2, classes)
+        assert made.num_classes == classes
+
+
+def test_what_fails_with_a_new_classifier_is_refused():
+    """Its hidden layer has as many outputs as there are classes: it would have to be new, too."""
+    words = r"^classifier cannot be replaced: hidden, head, head_dist of TwoHeads, with which its "
+    with pytest.raises(ValueError, match=words) as caught:
+        msun.replace_classifier(TwoHeads(), 3)
+    assert "\n" not in str(caught.value)
+    net = ending_in(nn.Sequential(nn.Linear(8, 10), nn.BatchNorm1d(10)))
+    with pytest.raises(ValueError, match=r"^classifier cannot be replaced: 4.0 of Sequential"):
+        msun.replace_classifier(net, 3)
