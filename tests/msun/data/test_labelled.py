@@ -138,7 +138,7 @@ def test_a_pair_of_tensors_and_its_subsets():
     assert open_labelled((images, [0, 2, 1, 1, 2])).fingerprint() != data.fingerprint()
 
 
-@pytest.mark.parametrize("labels", [[0, 1], [0.5, 1, 1], [[0], [1], [1]], [True, False, True]])
+@pytest.mark.parametrize("labels", [[0, 1], torch.eye(3), torch.rand(3), [True, False, True]])
 def test_labels_that_do_not_fit(labels):
     with pytest.raises(ValueError, match="labels do not fit the images: "):
         open_labelled((torch.zeros(3, 1, 2, 2), labels))
@@ -205,7 +205,7 @@ def test_what_a_dataset_refuses():
         open_labelled(few).load(1)
     words = Pictures([0, "dog"])
     words.classes = ["a", "b"]
-    with pytest.raises(ValueError, match="bad label: 'dog' of item '1'"):
+    with pytest.raises(ValueError, match="label is a word: 'dog' of item '1'"):
         open_labelled(words).load(1)
     with pytest.raises(TypeError, match="no labelled images: int: "):
         open_labelled(3)
@@ -252,3 +252,66 @@ def test_random_transforms_draw_from_seed_image_and_epoch_alone():
 def test_what_was_opened_comes_back():
     data = open_labelled(Noisy())
     assert open_labelled(data) is data
+
+
+def stating(labels):
+    """A dataset that states its labels beside its images, as torchvision's do."""
+    made = Pictures(labels)
+    made.targets = labels
+    return made
+
+
+def plain(labels):
+    return torch.zeros(len(labels), 3, 4, 4), labels
+
+
+@pytest.mark.parametrize("kind", [Pictures, stating, plain])
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (
+            ["cat", "dog"],
+            "label is a word: 'cat' of item '0' in '.*': give the number of its class",
+        ),
+        ([0, "dog"], "label is a word: 'dog' of item '1'"),
+        (np.array(["cat", "dog"]), "label is a word: 'cat' of item '0'"),
+        (
+            [[0, 1], [1, 0]],
+            r"label is no class: \[0, 1\] of item '0' in '.*': give one whole number",
+        ),
+        ([{"box": [0] * 99}] * 2, r"label is no class: {'box': \[0, .*\.\.\. of item '0'"),
+        ([None, None], "label is no class: None of item '0'"),
+        ([0.5, 1.0], "label is no class: 0.5 of item '0'"),
+        ([0, float("nan")], "label is no class: nan of item '1'"),
+        ([(0, 1), (1, 1)], r"label is no class: \(0, 1\) of item '0'"),
+        ([0, 10**12], "bad label: 1000000000000 in '.*': give 0 to 999999 at most"),
+    ],
+    ids=str,
+)
+def test_labels_that_are_no_class_are_one_line_before_any_step(kind, labels, words):
+    with pytest.raises(ValueError, match=f"^{words}") as caught:
+        open_labelled(kind(labels))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("kind", [Pictures, stating, plain])
+@pytest.mark.parametrize("make", [
+    list, torch.tensor, np.array, lambda y: np.array(y, np.uint8),
+    lambda y: torch.tensor(y)[:, None],
+    lambda y: [torch.tensor(k) for k in y], lambda y: [np.int32(k) for k in y],
+    lambda y: [float(k) for k in y],
+])  # fmt: skip
+def test_whole_numbers_of_any_kind_are_labels(kind, make):
+    data = open_labelled(kind(make([0, 2, 1])))
+    assert data.classes == ("0", "1", "2")
+    assert [data.load(i)[1] for i in range(3)] == [0, 2, 1]
+
+
+def test_a_stated_label_is_checked_though_the_classes_are_named():
+    data = stating([0, 1, "cat"])
+    data.classes = ["a", "b"]
+    with pytest.raises(ValueError, match=r"^label is a word: 'cat' of item '2'"):
+        open_labelled(data)
+    data.target_transform = lambda label: 0  # what the items hold is another thing
+    assert open_labelled(data).classes == ("a", "b")
