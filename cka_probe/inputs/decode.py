@@ -17,6 +17,7 @@ from cka_probe.errors import one_line
 __all__ = [
     "SKIP",
     "ImageError",
+    "as_channels",
     "decode_image",
     "fetch",
     "float_images",
@@ -222,6 +223,22 @@ def _pixels(image: Image.Image) -> Tensor:
         image = image.convert("LA")
     rgb = torch.from_numpy(np.array(image.convert("RGB")))  # (h, w, 3) uint8
     return rgb.permute(2, 0, 1).contiguous().float().div_(255)  # (3, h, w)
+
+
+def as_channels(image: Tensor, channels: int) -> Tensor:
+    """Pixels for a network of one channel or three.
+
+    Args:
+        image: (3, h, w), RGB.
+        channels: 1 for luma (ITU-R 601, as Pillow converts to "L"), 3 for the image itself.
+
+    Returns:
+        (channels, h, w).
+    """
+    if channels != 1:
+        return image
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=image.dtype).view(3, 1, 1)
+    return (image * weights).sum(0, keepdim=True)
 
 
 def _scaled(values: NDArray[Any], white: int) -> NDArray[np.float32]:

@@ -61,12 +61,23 @@ class Source(ABC):
         ids: the name of each image in messages: a relative POSIX path, or its index as text.
         is_pixels: True for RGB in 0..1, to be normalised; False for tensors, used as they are.
         skipped: which files of a folder were not read, in one line; empty where all were.
+        channels: of pixels: 3, or 1 for a network that takes grey images (see `use_channels`).
     """
 
     name: str
     ids: list[str]
     is_pixels: bool
     skipped: str = ""
+    channels: int = 3
+
+    def use_channels(self, channels: int | None) -> None:
+        """Convert pixels from now on to the channels that a network takes.
+
+        Args:
+            channels: 1 for grey; 3, and all others, for RGB, which a network that takes another
+                number refuses by itself.
+        """
+        self.channels = 1 if channels == 1 else 3
 
     def __len__(self) -> int:
         """Number of images."""
@@ -133,7 +144,8 @@ class Files(Source):
     def load(self, i: int, epoch: int | None = None) -> Tensor:
         """Decode one file: (3, h, w) float32 in 0..1."""
         del epoch  # nothing random here
-        return decode.decode_image(self.root / self.ids[i], self.ids[i])
+        image = decode.decode_image(self.root / self.ids[i], self.ids[i])
+        return decode.as_channels(image, self.channels)
 
     def listing(self) -> str:
         """Over relative paths and sizes; -1 for a file that has gone."""
@@ -222,7 +234,7 @@ class Items(Source):
             kinds = ("a float tensor", "pixels")
             found = f"{self.ids[i]!r} is {kinds[is_pixels]}, the first {kinds[self.is_pixels]}"
             raise TypeError(f"items of two kinds: {found}: return one kind")
-        return image
+        return decode.as_channels(image, self.channels) if is_pixels else image
 
     def load(self, i: int, epoch: int | None = None) -> Tensor:
         """Read one item: (c, h, w) float, in its own dtype."""

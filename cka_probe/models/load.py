@@ -22,7 +22,7 @@ from torch import nn
 
 from cka_probe.errors import one_line
 from cka_probe.models.embedded import glyphnet
-from cka_probe.models.preprocessing import IMAGENET
+from cka_probe.models.preprocessing import IMAGENET, for_channels, input_channels
 from cka_probe.models.weights import OTHER_MODEL, check_finite, fit, read_weights
 from cka_probe.rng import preserved_rng
 
@@ -109,7 +109,7 @@ def load_model(
     loaded = file.name if file is not None else "none" if kind == "none" else tag
     check_finite(model, f"{name} with {loaded}")
     sides = tuple(cfg.get("input_size") or cfg.get("crop_size") or ())[-2:]
-    used = {**IMAGENET, **cfg}
+    used = for_channels({**IMAGENET, **cfg}, input_channels(model))
     return LoadedModel(
         model=model.eval(),
         name=name,

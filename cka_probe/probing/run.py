@@ -31,7 +31,7 @@ from cka_probe.inputs.views import (
     view_transforms,
 )
 from cka_probe.io import plain
-from cka_probe.models.preprocessing import channel_constants
+from cka_probe.models.preprocessing import channel_constants, input_channels
 from cka_probe.probing.choose import AUTO, ESTIMATORS, Choice, check_exact_fits, choose_estimator
 from cka_probe.probing.forecast import Estimate, estimate, estimator_bytes, seconds_on_this_cpu
 from cka_probe.probing.forward import device_of
@@ -86,6 +86,9 @@ class Run:
         # every rank has its own free memory: the choice of rank 0 holds
         for net in self.models.values():
             check_loaded(net)
+        counts = {input_channels(unwrap(net)) for net in self.models.values()}
+        if len(counts) == 1:  # else the transforms of the views convert
+            self.source.use_channels(*counts)
         self._check_ranges()
         self.choice: Choice = self.ranks.agree(self._choose())
         self.fingerprint = run_fingerprint(

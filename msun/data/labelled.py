@@ -19,7 +19,7 @@ from torch import Tensor
 from cka_probe.inputs import decode, glyphs
 from cka_probe.inputs.folders import is_left_behind, list_folder
 from cka_probe.inputs.source import Files, Items, check_numbered, stacked_name, subset
-from cka_probe.models.preprocessing import IMAGENET
+from cka_probe.models.preprocessing import IMAGENET, for_channels
 
 __all__ = ["Labelled", "open_labelled"]
 
@@ -51,12 +51,25 @@ class Labelled(ABC):
     @property
     def mean(self) -> tuple[float, ...] | None:
         """ImageNet's for pixels, none for tensors."""
-        return tuple(IMAGENET["mean"]) if self.is_pixels else None
+        return for_channels(IMAGENET, self.channels)["mean"] if self.is_pixels else None
 
     @property
     def std(self) -> tuple[float, ...] | None:
         """ImageNet's for pixels, none for tensors."""
-        return tuple(IMAGENET["std"]) if self.is_pixels else None
+        return for_channels(IMAGENET, self.channels)["std"] if self.is_pixels else None
+
+    @property
+    def channels(self) -> int:
+        """Channels of its pixels."""
+        return 3
+
+    def use_channels(self, channels: int | None) -> None:
+        """Convert pixels from now on to the channels that a network takes.
+
+        Args:
+            channels: 1 for grey, all others for RGB.
+        """
+        del channels  # tensors are used as they are
 
     @abstractmethod
     def __len__(self) -> int:
@@ -166,6 +179,15 @@ class _Folder(Labelled):
         place = {name: k for k, name in enumerate(self.classes)}
         self._labels = [place[name.partition("/")[0]] for name in self._files.ids]
 
+    @property
+    def channels(self) -> int:
+        """Channels of the decoded images."""
+        return self._files.channels
+
+    def use_channels(self, channels: int | None) -> None:
+        """Decode to 1 or 3 channels."""
+        self._files.use_channels(channels)
+
     def __len__(self) -> int:
         return len(self._files)
 
@@ -235,14 +257,20 @@ class _Stacked(Labelled):
 class _Glyphs(_Stacked):
     """The embedded characters, drawn once and kept as grey bytes: 4 KiB an image."""
 
+    _channels = 3
+
+    def use_channels(self, channels: int | None) -> None:
+        """One channel, or three that are equal."""
+        self._channels = 1 if channels == 1 else 3
+
     def __init__(self, split: str, n: int, seed: int) -> None:
         labels = torch.arange(n) % len(glyphs.CLASSES)
         grey = glyphs.draw(range(n), split, seed=seed)
         super().__init__(grey[:, None], labels, glyphs.CLASSES, f"glyphs {split}")
 
     def _float(self, images: Tensor) -> Tensor:
-        """Grey (b, 1, s, s) uint8 -> (b, 3, s, s) in -1..1, the channels sharing their memory."""
-        return images.float().div_(127.5).sub_(1).expand(-1, 3, -1, -1)
+        """Grey (b, 1, s, s) uint8 -> (b, c, s, s) in -1..1, the channels sharing their memory."""
+        return images.float().div_(127.5).sub_(1).expand(-1, self._channels, -1, -1)
 
 
 class _Items(Labelled):
@@ -266,6 +294,15 @@ class _Items(Labelled):
         self.classes = names
         self._checked(label, first)
         self._stated = f"{names} {known}"
+
+    @property
+    def channels(self) -> int:
+        """Channels of its pixels."""
+        return self._source.channels
+
+    def use_channels(self, channels: int | None) -> None:
+        """Convert pixels to 1 or 3 channels."""
+        self._source.use_channels(channels)
 
     def __len__(self) -> int:
         return len(self._source)

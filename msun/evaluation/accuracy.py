@@ -15,12 +15,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from cka_probe.activations.layers import unwrap
 from cka_probe.activations.meta import check_loaded
 from cka_probe.engine.minibatch import Minibatch
 from cka_probe.inputs.batches import MIN_IMAGES, order, plan
 from cka_probe.inputs.views import check_scales, resize
 from cka_probe.intervals import student_interval
 from cka_probe.models.load import LoadedModel
+from cka_probe.models.preprocessing import input_channels
 from cka_probe.progress import progress_bar
 from msun.data.classes import class_rows
 from msun.data.crops import Crops
@@ -129,6 +131,7 @@ def evaluate(
         check_loaded(net)
     network = EvalNetwork(net, at=at, features=cka, device=device)
     source = open_tests(data, split, n_images, seed)
+    source.use_channels(input_channels(unwrap(net)))
     top = reference_side(model, sides) if reference is None else check_scales([reference])[0]
     crops = Crops(source, (), None, *resolve_mean_std(mean, std, model, source))
     job = _Evaluation(network, source, sides, top, resolve_feed(feed, top), rows, batch_size, seed,

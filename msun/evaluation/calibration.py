@@ -20,6 +20,7 @@ from cka_probe.activations.meta import detached_copy
 from cka_probe.inputs.batches import order
 from cka_probe.inputs.views import check_scales
 from cka_probe.models.load import LoadedModel
+from cka_probe.models.preprocessing import input_channels
 from cka_probe.probing.forward import device_of, move_to
 from cka_probe.progress import progress_bar
 from cka_probe.rng import preserved_rng
@@ -176,6 +177,8 @@ class _Images:
                 raise ValueError(f"bad {what}: {count!r}: give a whole number of 1 or more")
         drawn = n_images if isinstance(data, str) and data == "glyphs" else None
         source: Labelled = open_labelled(data, split=split, n_images=drawn, seed=seed)
+        net = model.model if isinstance(model, LoadedModel) else model
+        source.use_channels(input_channels(unwrap(net)))
         chosen = order(len(source), seed)[:n_images]
         parts = np.array_split(chosen, math.ceil(len(chosen) / batch_size))
         self.rows = [part.tolist() for part in parts]

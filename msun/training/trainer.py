@@ -17,6 +17,7 @@ from cka_probe.errors import one_line
 from cka_probe.inputs.batches import order
 from cka_probe.inputs.views import check_range
 from cka_probe.io import plain, remove_partial_files
+from cka_probe.models.preprocessing import input_channels
 from cka_probe.progress import progress_bar
 from cka_probe.provenance import model_sha256, versions
 from msun.data.classes import class_rows
@@ -101,6 +102,7 @@ class _Run:
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"output is not a folder: {self.out}: choose another out (--out)")
         self.data = open_labelled(data, n_images=config.n_images, seed=config.seed)
+        self.data.use_channels(input_channels(model))
         every = order(len(self.data), config.seed)
         kept = math.ceil(config.val_share * len(every))
         self.val, self.train = sorted(every[:kept]), sorted(every[kept:])
