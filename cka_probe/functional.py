@@ -2,10 +2,8 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,10 +20,10 @@ from cka_probe.engine.kernels import (
     median_bandwidth,
 )
 from cka_probe.engine.products import full_precision
+from cka_probe.features import Features, as_features, check_plain, check_rows
 from cka_probe.progress import progress_bar
 from cka_probe.report import Report
 
-Features = Tensor | npt.NDArray[Any]
 VIEW = "features"
 
 
@@ -165,7 +163,7 @@ def cka_loss(
         if not isinstance(z, Tensor):
             kind = type(z).__name__
             raise TypeError(f"features are no tensor: {name!r} is {kind}: give tensors, or use cka")
-        _check_plain(name, z)
+        check_plain(name, z)
     if x.ndim != 2 or y.ndim != 2 or x.shape[0] != y.shape[0]:
         shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
         raise ValueError(f"features do not pair: {shapes}: give (n, p) and (n, q), the same images")
@@ -287,85 +285,6 @@ def _u_centred(name: str, z: Features, kernel: str | Block, bandwidth: float) ->
     eps = feature_eps(features.dtype)
     sigma = median_bandwidth([block], bandwidth, eps) if chosen.needs_bandwidth else 1.0
     return u_centre(chosen.finish(block, sigma))
-
-
-def as_features(name: str, x: Features) -> Tensor:
-    """Features as a (n, d) float tensor.
-
-    Raises:
-        ValueError: not 2-D, or values that a mask hides. TypeError: not numbers.
-    """
-    if np.ma.is_masked(x):
-        count = f"{int(np.ma.getmaskarray(np.ma.asarray(x)).sum())} values in {name!r}"
-        raise ValueError(f"features are masked: {count}: leave those images out of every side")
-    if isinstance(x, Tensor):
-        _check_plain(name, x)
-        tensor = x.detach()
-    else:
-        try:
-            array = np.asarray(x)
-        except ValueError as error:  # lists of unequal lengths
-            raise TypeError(f"features are no array: {name!r}: give (n, d) floats") from error
-        if array.dtype.kind not in "fiubc":  # frames with text, scipy's sparse arrays
-            found = f"{type(x).__name__} of {array.dtype}"
-            raise TypeError(f"features are no numbers: {name!r} is {found}: give (n, d) floats")
-        tensor = _from_array(array)
-    if tensor.is_complex() or tensor.dtype == torch.bool:
-        raise TypeError(f"features are not real numbers: {name!r} is {tensor.dtype}: give floats")
-    if tensor.ndim != 2:
-        raise ValueError(
-            f"features are not (n, d): {name!r} has shape {tuple(tensor.shape)}: "
-            "flatten or average all axes but the first"
-        )
-    if not tensor.is_floating_point():
-        return tensor.double()
-    return tensor if tensor.dtype.itemsize > 1 else tensor.float()  # no sums in eight bits
-
-
-def check_rows(features: Mapping[str, Features]) -> None:
-    """Refuse frames whose rows are named differently: rows are compared by their place.
-
-    Args:
-        features: name -> features; only pandas objects name their rows.
-
-    Raises:
-        ValueError: two of them name other rows, or the same in another order.
-    """
-    first: tuple[str, Any] | None = None
-    for name, x in features.items():
-        index = getattr(x, "index", None)
-        if index is None or not hasattr(index, "equals") or not hasattr(x, "iloc"):
-            continue
-        if first is None:
-            first = name, index
-        elif len(index) == len(first[1]) and not index.equals(first[1]):
-            if index.inferred_type != first[1].inferred_type:
-                continue  # file names here, mere numbers there: nothing to compare
-            row = int(np.argmax(np.asarray(index != first[1])))
-            hint = "give the rows in one order, or .to_numpy() if they are the same images"
-            text = f"row {row} is '{first[1][row]}' in {first[0]!r}, '{index[row]}' in {name!r}"
-            raise ValueError(f"rows are named differently: {text}: {hint}")
-
-
-def _check_plain(name: str, x: Tensor) -> None:
-    """Refuse tensors without dense numbers.
-
-    Raises:
-        TypeError: sparse, quantised, or on the meta device.
-    """
-    if x.layout != torch.strided or x.is_meta or x.is_quantized:
-        kind = "quantised" if x.is_quantized else "without data" if x.is_meta else x.layout
-        raise TypeError(f"features are no plain tensor: {name!r} is {kind}: give dense floats")
-
-
-def _from_array(x: npt.NDArray[Any]) -> Tensor:
-    """A tensor of what torch can hold of an array: other byte orders and widths are converted."""
-    if x.dtype.kind == "f" and x.dtype.itemsize > 8:
-        x = x.astype(np.float64)
-    x = x.astype(x.dtype.newbyteorder("="), copy=False)
-    if not x.flags.writeable or any(step < 0 for step in x.strides):
-        x = x.copy()
-    return torch.as_tensor(x)
 
 
 def _exact(

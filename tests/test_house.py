@@ -23,7 +23,8 @@ MAY_IMPORT = {
         "inputs": "errors io progress rng",
         "models": "errors inputs io rng",
         "report": "errors intervals io",
-        "functional": "engine progress report",
+        "features": "",
+        "functional": "engine features progress report",
         "summary": "report",
         "probing": "activations distributed engine errors functional inputs io models progress "
         "provenance report rng summary",
