@@ -4,7 +4,11 @@ import errno
 
 from PIL import Image, UnidentifiedImageError
 
-__all__ = ["explain", "one_line"]
+__all__ = ["RunFailedError", "explain", "one_line"]
+
+
+class RunFailedError(RuntimeError):
+    """The machine failed, not the input: a killed process, a full disk. What was saved stays."""
 
 
 def one_line(error: BaseException) -> str:

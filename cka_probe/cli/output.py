@@ -41,8 +41,9 @@ def output_folder(
 ) -> Iterator[Path]:
     """The folder of --out, checked before any work; after a failure as it was before.
 
-    What an interrupted run saved stays: state.npz, or report.npz where all batches were done. The
-    KeyboardInterrupt then carries the hint to use --resume.
+    What a run saved stays: state.npz, unless another try would fail alike, and report.npz once all
+    batches were done, whatever fails while its pictures are drawn; --resume makes the other files.
+    A KeyboardInterrupt then carries the hint to use it.
 
     Args:
         out: the value of --out.
@@ -90,7 +91,7 @@ def output_folder(
         if _is_bad_input(error):  # the next try would fail alike: its state is of no use
             gone |= set(_STATE_FILES) - set(saved)
         finished = report.exists() and REPORT in outputs and report.read_bytes() != old
-        if finished and interrupted:  # all forwards are done: --resume makes the other files
+        if finished and resume is not None:  # all forwards are done: it is never lost again
             gone = set(outputs) - {REPORT}
         elif finished and old:
             from cka_probe.io import replacing
@@ -104,6 +105,13 @@ def output_folder(
                 path.rmdir()
         if interrupted and (finished or (folder / STATE).exists()):
             raise KeyboardInterrupt(_RESUME) from None
+        if finished and resume is not None and isinstance(error, OSError | MemoryError):
+            from cka_probe.errors import RunFailedError, one_line
+
+            reason = one_line(error) if isinstance(error, OSError) else "out of memory"
+            raise RunFailedError(
+                f"{reason}: the report is complete, {report}: run again with --resume to draw it"
+            ) from error
         raise
 
 

@@ -96,8 +96,9 @@ def _report_error(program: str, error: Exception, debug: str) -> int:
     if isinstance(error, ValueError | TypeError | OSError):
         return _fail(program, explain(error), 2, error)
     from cka_probe.distributed.ranks import LostRankError
+    from cka_probe.errors import RunFailedError
 
-    if isinstance(error, LostRankError):
+    if isinstance(error, LostRankError | RunFailedError):
         return _fail(program, str(error), 1, error)
     kind = type(error).__name__
     return _fail(program, f"unexpected {kind}: {error}: set {debug}=1 for the traceback", 1, error)

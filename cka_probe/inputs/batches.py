@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cka_probe.errors import one_line
+from cka_probe.errors import RunFailedError, one_line
 from cka_probe.inputs.decode import ImageError
 from cka_probe.inputs.source import FEW, MIN_IMAGES, Source, open_images, order
 from cka_probe.inputs.views import Transform, apply_view, stack
@@ -183,7 +183,7 @@ def from_workers(work: Dataset[Any], chosen: range, workers: int) -> Generator[A
             yield batch
     except (RuntimeError, AttributeError, PicklingError, OSError) as error:  # died, or unsendable
         text = f"{workers}: {one_line(error)}; use fewer, or workers=0 (--workers 0)"
-        raise RuntimeError(f"image workers failed: {text}") from error
+        raise RunFailedError(f"image workers failed: {text}") from error
     finally:
         if processes is not None:
             processes._shutdown_workers()

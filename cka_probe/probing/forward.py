@@ -14,7 +14,7 @@ from cka_probe.activations.hooks import Collector, Tap, failing_module
 from cka_probe.activations.layers import ROOT, Layers, unwrap
 from cka_probe.activations.macs import MacCounter, layer_table
 from cka_probe.engine.centring import NonFiniteFeaturesError
-from cka_probe.errors import one_line
+from cka_probe.errors import RunFailedError, one_line
 from cka_probe.inputs.batches import Batch
 
 
@@ -165,6 +165,10 @@ class Forwards:
             where = f"view {view!r}, batch {index}"
             if isinstance(error, OSError):
                 raise  # a full disk: no fault of the network
+            if "DataLoader worker" in str(error):
+                # torch raises it from a signal handler, wherever the main process happens to be
+                hint = "start again (--resume goes on), with fewer workers"
+                raise RunFailedError(f"image workers failed: {one_line(error)}: {hint}") from error
             if error is collector.fault:
                 if _is_not_finite(error) and (of_image := self._image_error(view)) is not None:
                     raise of_image from error

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -201,11 +202,17 @@ def test_full_disk(place, tmp_path, capsys):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(disk)], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(disk)], capture_output=True
     )
     if mounted.returncode:
         pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.decode().strip()}")
     try:
+        assert main(words(place, disk / "o")) == 1  # the report fits, its pictures do not
+        assert "no space left on device: the report is complete" in capsys.readouterr().err
+        assert [path.name for path in (disk / "o").iterdir()] == ["report.npz"]
+        assert np.isfinite(Report.load(disk / "o" / "report.npz").cka).any()
+        shutil.rmtree(disk / "o")
+        (disk / "filler").write_bytes(bytes(4096))
         error = refused(capsys, words(place, disk / "o"))
         assert "No space left" in error
         assert not (disk / "o").exists()

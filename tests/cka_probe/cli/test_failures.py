@@ -9,6 +9,7 @@ import torch
 from shell import furnish, words
 
 from cka_probe import Report
+from cka_probe.activations.hooks import Collector
 from cka_probe.cli.main import main
 from cka_probe.inputs.decode import ImageError
 from cka_probe.probing import state
@@ -43,24 +44,56 @@ def test_an_interruption_while_drawing_costs_no_forward(place, tmp_path, monkeyp
     assert len(files(out)) == 5
 
 
-def test_a_failure_while_drawing_leaves_what_was_there(place, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "no space left on device"),
+        (MemoryError(), "out of memory"),
+    ],
+)
+def test_a_failure_while_drawing_costs_no_forward(
+    place, tmp_path, monkeypatch, capsys, error, reason
+):
     out = tmp_path / "deep" / "below" / "o"
+    for more in ((), ("--overwrite", "--seed", "3")):
+        argv = words(place, out, "--quiet", *more)
+        before = files(out) if out.exists() else {}
+        with monkeypatch.context() as patch:
+            drawing_fails(patch, error)
+            assert main(argv) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"cka-probe: {reason}: the report is complete, ")
+        assert said.count("\n") == 1
+        assert list(files(out)) == ["report.npz"]
+        assert files(out)["report.npz"] != before.get("report.npz")
+        with monkeypatch.context() as patch:
+            patch.setattr("cka_probe.probing.forward.Forwards.run_batch", None)  # not one
+            again = [word for word in argv if word != "--overwrite"]
+            assert main([*again, "--resume"]) == 0
+        assert len(files(out)) == 5
+
+
+def test_a_worker_that_is_killed_is_not_the_networks_fault(place, tmp_path, monkeypatch, capsys):
+    """torch raises it from a signal handler, as often as not in the middle of a forward."""
+    out = tmp_path / "o"
+    argv = words(place, out, "--quiet", "--batch-size", "4")
+    monkeypatch.setenv("CKA_PROBE_SAVE_EVERY_S", "0")
     with monkeypatch.context() as patch:
-        drawing_fails(patch, OSError(errno.ENOSPC, "No space left on device"))
-        assert main(words(place, out, "--quiet")) == 2
-    assert not (tmp_path / "deep").exists()
-    assert main(words(place, out, "--quiet")) == 0
-    before = files(out)
-    other = words(place, out, "--quiet", "--overwrite", "--seed", "3")
-    with monkeypatch.context() as patch:
-        drawing_fails(patch, OSError(errno.ENOSPC, "No space left on device"))
-        assert main(other) == 2
-    assert files(out) == before
-    with monkeypatch.context() as patch:  # interrupted: the new run is kept, nothing of the old
-        drawing_fails(patch, KeyboardInterrupt())
-        assert main(other) == 130
-    assert list(files(out)) == ["report.npz"]
-    assert files(out)["report.npz"] != before["report.npz"]
+        whole, calls = Collector.run, []
+
+        def dies(self, x, sink):
+            calls.append(1)
+            if len(calls) > 4:
+                raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+            return whole(self, x, sink)
+
+        patch.setattr(Collector, "run", dies)
+        assert main(argv) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("cka-probe: image workers failed: ")
+    assert "cannot take" not in said
+    assert list(files(out)) == ["state.npz"]
+    assert main([*argv, "--resume"]) == 0
 
 
 def test_an_interruption_before_any_batch_offers_nothing(place, tmp_path, monkeypatch, capsys):
