@@ -251,7 +251,9 @@ def default_selections(model: nn.Module, runs: list[list[str]]) -> list[Selectio
 
     A block fires only if something calls it: not as a holder of layers that `forward` reaches into,
     not inside a graph that calls the layers of a block one by one, not by `block.forward(x)`. The
-    last call of a module inside such a block stands in for its output.
+    last call of a module inside such a block stands in for it. That is its output where the block
+    ends in a module; where it ends in a function (`F.relu(x + shortcut)`), it is the last step that
+    is a module, under its own name.
 
     Args:
         model: the network.
