@@ -10,11 +10,10 @@ import re
 import secrets
 import shutil
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -131,10 +130,12 @@ def load_npz(
             raise ValueError(f"not a {what}, nor any .npz: {path}: give the file that was saved")
         file.seek(0)
         try:
+            _check_archive(file)
+            file.seek(0)
             with np.load(file, allow_pickle=False) as archive:
                 wanted = [k for k in (*names, "meta", "format") if k in archive]
                 stored = {k: np.asarray(archive[k]) for k in wanted}  # a member may be bytes
-        except _DAMAGE:
+        except Exception:  # of zipfile, zlib, numpy, and of Python's parser, which reads headers
             raise ValueError(f"{what} cut short or damaged: {path}: make it again") from None
     found = stored.pop("format", np.array(None))
     if found.ndim or found.dtype.kind not in "iu":
@@ -148,8 +149,34 @@ def load_npz(
         raise ValueError(f"{what} lacks {', '.join(missing)}: {path}: make it again")
     try:
         return stored, json.loads(str(stored.pop("meta")))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{what} whose meta is no JSON: {path}: make it again") from None
+
+
+_BOMB_BYTES, _BOMB_RATIO = 2**30, 50  # numbers of ours are packed two times or so, never so well
+
+
+def _check_archive(file: IO[bytes]) -> None:
+    """Refuse arrays that are larger than the file can hold, before numpy makes room for them.
+
+    Raises:
+        ValueError: a header that promises another size than is there, an array of objects, or far
+            more bytes than an archive of this size holds of numbers.
+    """
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        total, packed = (sum(m.file_size for m in members), sum(m.compress_size for m in members))
+        if total > max(_BOMB_BYTES, _BOMB_RATIO * packed):
+            raise ValueError(f"too large: {total} bytes: make the file again")
+        for member in (m for m in members if m.filename.endswith(".npy")):
+            with archive.open(member) as part:
+                version = np.lib.format.read_magic(part)
+                later = np.lib.format.read_array_header_2_0
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else later
+                shape, _, dtype = read(part)
+                size = math.prod(shape) * dtype.itemsize
+                if dtype.hasobject or size != member.file_size - part.tell():
+                    raise ValueError(f"not what it promises: {member.filename}: make it again")
 
 
 def save_torch(path: str | os.PathLike[str], content: Any) -> None:
@@ -213,10 +240,6 @@ def load_torch(path: str | os.PathLike[str]) -> Any:
         raise
     except Exception as error:  # BadZipFile, UnpicklingError, RuntimeError, EOFError, KeyError, ...
         raise ValueError(f"file damaged, or of another kind: {path}: make it again") from error
-
-
-# What numpy and zipfile raise on archives that are cut, flipped, encrypted or hold pickles.
-_DAMAGE = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def plain(value: Any, where: str = "meta") -> Any:

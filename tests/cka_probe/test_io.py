@@ -3,6 +3,7 @@ import errno
 import os
 import resource
 import stat
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -288,3 +289,64 @@ def test_a_full_disk_is_an_os_error_and_the_old_file_stays(tmp_path, full_disk):
     assert caught.value.filename == str(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+def member(header, payload=b""):
+    """An .npy of any header."""
+    text = header.encode("latin1")
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + payload
+
+
+HOSTILE = {
+    "a shape of petabytes": member("{'descr': '<f8', 'fortran_order': False, 'shape': (1<<50,)}"),
+    "a shape of terabytes": member(
+        "{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000,), }", b"x" * 8
+    ),
+    "a negative shape": member("{'descr': '<f8', 'fortran_order': False, 'shape': (-1,), }"),
+    "nested": member("(" * 9000),
+    "an open bracket": member("{'descr': '<f8', 'fortran_order': False, 'shape': (L"),
+    "tokens of Python 2": member("{'descr': '<f8', 'fortran_order': False, 'shape': (3L,)'''"),
+    "objects": member("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", b"x" * 8),
+    "no array": b"hello",
+    "nothing": b"",
+    "a longer payload": member(
+        "{'descr': '<f8', 'fortran_order': False, 'shape': (1,), }", b"x" * 800
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("name", ["cka.npy", "other.npy"])
+def test_hostile_archives_are_one_line_and_take_no_memory(kind, name, tmp_path):
+    good, bad = tmp_path / "good.npz", tmp_path / "bad.npz"
+    save_npz(good, {"cka": np.eye(3)}, {}, version=1)
+    with zipfile.ZipFile(good) as old, zipfile.ZipFile(bad, "w") as new:
+        for info in old.infolist():
+            if info.filename != name:
+                new.writestr(info.filename, old.read(info))
+        new.writestr(name, HOSTILE[kind])
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"^report cut short or damaged: .*: make it again$"):
+            load_npz(bad, ("cka",), version=1)
+        assert tracemalloc.get_traced_memory()[1] < 2**25
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_archive_that_unpacks_to_gigabytes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_BOMB_BYTES", 2**16)
+    path = tmp_path / "x.npz"
+    save_npz(path, {"cka": np.zeros(2**20)}, {}, version=1)  # 8 MiB in 8 KiB
+    with pytest.raises(ValueError, match=r"^report cut short or damaged: "):
+        load_npz(path, ("cka",), version=1)
+    save_npz(path, {"cka": np.random.default_rng(0).normal(size=2**16)}, {}, version=1)
+    assert load_npz(path, ("cka",), version=1)[0]["cka"].shape == (2**16,)
+
+
+def test_nested_meta_is_one_line(tmp_path):
+    path = tmp_path / "x.npz"
+    deep = np.array("[" * 100_000)
+    np.savez(path, cka=np.eye(3), meta=deep, format=np.array(1))
+    with pytest.raises(ValueError, match=r"^report whose meta is no JSON: "):
+        load_npz(path, ("cka",), version=1)
