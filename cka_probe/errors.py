@@ -4,7 +4,7 @@ import errno
 
 from PIL import Image, UnidentifiedImageError
 
-__all__ = ["RunFailedError", "explain", "one_line"]
+__all__ = ["RunFailedError", "explain", "one_line", "printable"]
 
 
 class RunFailedError(RuntimeError):
@@ -30,6 +30,19 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError | ValueError | Image.DecompressionBombError):
         return text or type(error).__name__
     return f"{type(error).__name__} ({text})" if text else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """One line for a terminal: names of files may hold newlines, escape codes or broken bytes.
+
+    Args:
+        text: of any characters.
+
+    Returns:
+        The text with white space as single spaces, and what cannot be printed as its code.
+    """
+    plain = " ".join(text.split())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in plain)
 
 
 def explain(error: Exception) -> str:

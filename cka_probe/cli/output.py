@@ -208,13 +208,16 @@ def print_left_out(report: Report, program: str = "cka-probe") -> None:
         report: the report.
         program: the name that begins the line.
     """
+    from cka_probe.errors import printable
+
     few = report.meta.get("left_out_readable", [])
     lost = [name for name in report.meta.get("left_out", []) if name not in set(few)]
     if lost:
-        print(f"{program}: left out, unreadable: {', '.join(lost)}", file=sys.stderr)
+        names = printable(", ".join(lost))
+        print(f"{program}: left out, unreadable: {names}", file=sys.stderr)
     if few:  # a batch below 4 images has no unbiased HSIC
         print(
             f"{program}: left out, readable but with fewer than 4 such in their batch: "
-            + ", ".join(few),
+            + printable(", ".join(few)),
             file=sys.stderr,
         )

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from cka_probe.errors import explain
+from cka_probe.errors import explain, printable
 
 __all__ = ["FIRST", "JOINED", "OWN", "Parser", "UsageError", "run_cli"]
 
@@ -88,7 +88,7 @@ def run_cli(program: str, parser: argparse.ArgumentParser, argv: Sequence[str] |
                 raise
             return _report_error(program, error, debug)
     for text in dict.fromkeys(texts) if first else ():
-        print(f"{program}: warning: {' '.join(text.split())}", file=sys.stderr)
+        print(f"{program}: warning: {printable(text)}", file=sys.stderr)
     return 0
 
 
@@ -169,5 +169,5 @@ def _fail(program: str, message: str, status: int, error: BaseException | None =
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not may_speak(error):
             return status
-    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{program}: {printable(message)}", file=sys.stderr)
     return status

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -235,3 +237,26 @@ def test_a_reference_needs_scales_and_buffers_that_are_not_saved_count():
     net.mask[0] = 2
     assert model_sha256(net) != before
     assert np.isfinite(probe(net, images, progress=False, layers=["1"], batch_size=4).cka).all()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="such names are not allowed")
+def test_names_reach_the_terminal_without_escape_codes(place, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    shutil.copytree(place / "photos", photos)
+    broken = b"broken\xff.png".decode(errors="surrogateescape")
+    for name in ("\x1b[31mred\n.png", "bell\x07\x9b2J.png", broken):
+        (photos / name).write_bytes(b"no image")
+    argv = words(place, tmp_path / "o", "--quiet", "--skip-bad")
+    argv[argv.index("--data") + 1] = str(photos)
+    assert main(argv) == 0
+    said = capsys.readouterr().err
+    (line,) = [line for line in said.splitlines() if "left out, unreadable" in line]
+    for shown in (r"\x1b[31mred .png", r"bell\x07\x9b2J.png", r"broken\udcff.png"):
+        assert shown in line
+    assert all(c.isprintable() or c == "\n" for c in said)
+    argv = [word for word in words(place, tmp_path / "p", "--quiet") if word != "--skip-bad"]
+    argv[argv.index("--data") + 1] = str(photos)
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert all(c.isprintable() or c == "\n" for c in said)
