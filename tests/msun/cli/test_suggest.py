@@ -193,7 +193,7 @@ def test_errors_are_one_line(capsys, home, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failed_run_leaves_nothing(capsys, home, tmp_path, monkeypatch):
+def test_what_fails_after_the_probe_costs_no_forward(capsys, home, tmp_path, monkeypatch):
     words = ["--model", f"{home / 'net.py'}:net", "--data", home / "photos", "--scales", "8,16"]
     words += ["--batch-size", "8", "--layers", "0", "2", "--quiet", "--out", tmp_path / "out"]
 
@@ -202,11 +202,17 @@ def test_a_failed_run_leaves_nothing(capsys, home, tmp_path, monkeypatch):
 
     monkeypatch.setattr("cka_probe.plot.figures.save_figure", fail)
     assert "no ink: 0: buy some" in refused(capsys, *words)
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.npz"]
     monkeypatch.undo()
-    monkeypatch.setattr("msun.splitting.choice.SplitChoice.save", fail)
-    refused(capsys, *words)
-    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("cka_probe.probing.forward.Forwards.run_batch", None)  # not one
+    with monkeypatch.context() as patch:
+        patch.setattr("msun.splitting.choice.SplitChoice.save", fail)
+        refused(capsys, *words, "--resume")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.npz"]
+    run(capsys, *words, "--resume")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "report.npz", "split.json", "split.png"
+    }  # fmt: skip
 
 
 def test_a_split_is_not_overwritten_unasked(capsys, home, tmp_path):
