@@ -147,8 +147,8 @@ def images_by_batch(batches: Iterable[tuple[int, int]], images: int) -> dict[int
 
 
 # Distances come from Grams: |a|^2 + |b|^2 - 2 ab, whose rounding is some eps of the squared norms,
-# and these are half of the mean squared distance. Of 64 images with 40 to 10^6 features, most of them
-# equal, the median came to 0.6 eps of the mean at most; 16 leaves room for other libraries.
+# and these are half of the mean squared distance. Of 64 images with 40 to 10^6 features, most of
+# them equal, the median came to 0.6 eps of the mean at most; 16 leaves room for other libraries.
 _COINCIDENT = 16
 
 

@@ -127,7 +127,7 @@ def test_torchrun_equals_one_process(place, tmp_path, n):
     argv = words(place, tmp_path / "many", "--estimator", "minibatch")
     done, _ = torchrun(n, *argv)
     if "SIGABRT" in done.stderr and not (tmp_path / "many").exists():
-        # seen once, on a busy machine: a process of torch's own start aborted before it did anything
+        # seen once, on a busy machine: a process aborted in torch's start, before it did anything
         done, _ = torchrun(n, *argv)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("wrote ") == 1
