@@ -92,7 +92,10 @@ def output_folder(
             gone |= set(_STATE_FILES) - set(saved)
         finished = report.exists() and REPORT in outputs and report.read_bytes() != old
         if finished and resume is not None:  # all forwards are done: it is never lost again
-            gone = set(outputs) - {REPORT}
+            # Pictures of the report that it replaced would belie it. Without such a report, what
+            # was there before may be the user's.
+            stale = set(present) if old and interrupted else set()
+            gone = (gone | stale) - {REPORT}
         elif finished and old:
             from cka_probe.io import replacing
 

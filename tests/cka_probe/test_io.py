@@ -350,3 +350,14 @@ def test_nested_meta_is_one_line(tmp_path):
     np.savez(path, cka=np.eye(3), meta=deep, format=np.array(1))
     with pytest.raises(ValueError, match=r"^report whose meta is no JSON: "):
         load_npz(path, ("cka",), version=1)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_files_without_checksums_still_load(zipped, tmp_path):
+    before = torch.serialization.get_crc32_options()
+    try:
+        torch.serialization.set_crc32_options(False)
+        torch.save(state(), tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert torch.equal(load_torch(tmp_path / "x.pt")["weights"]["a"], state()["weights"]["a"])
