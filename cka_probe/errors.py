@@ -1,10 +1,11 @@
 """Exceptions as one line of text: what is wrong: the value: a hint what to do."""
 
 import errno
+from collections.abc import Sequence
 
 from PIL import Image, UnidentifiedImageError
 
-__all__ = ["RunFailedError", "explain", "one_line", "printable"]
+__all__ = ["RunFailedError", "explain", "first_names", "one_line", "printable"]
 
 
 class RunFailedError(RuntimeError):
@@ -30,6 +31,17 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError | ValueError | Image.DecompressionBombError):
         return text or type(error).__name__
     return f"{type(error).__name__} ({text})" if text else type(error).__name__
+
+
+def first_names(names: Sequence[str], most: int) -> str:
+    """The first of some names, and how many more there are: "a, b and 3 more".
+
+    Args:
+        names: any number.
+        most: how many are shown.
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def printable(text: str) -> str:

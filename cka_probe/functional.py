@@ -20,6 +20,7 @@ from cka_probe.engine.kernels import (
     median_bandwidth,
 )
 from cka_probe.engine.products import full_precision
+from cka_probe.errors import first_names
 from cka_probe.features import Features, as_features, check_plain, check_rows
 from cka_probe.progress import progress_bar
 from cka_probe.report import Report
@@ -348,8 +349,9 @@ def nan_reasons(result: Result, names: list[str]) -> dict[str, list[str]]:
 def warn_degenerate(result: Result, names: list[str], *, error_bars: bool = True) -> None:
     """One DegenerateWarning for each kind of entry without a CKA, and one for absent error bars."""
     for reason, hit in nan_reasons(result, names).items():
-        shown = ", ".join(hit[:5]) + (f" and {len(hit) - 5} more" if len(hit) > 5 else "")
-        warnings.warn(f"{reason}: {shown}: their CKA is nan", DegenerateWarning, stacklevel=4)
+        warnings.warn(
+            f"{reason}: {first_names(hit, 5)}: their CKA is nan", DegenerateWarning, stacklevel=4
+        )
     if error_bars and result.groups < 2:
         warnings.warn(
             f"no error bars: {result.groups} group of images: use 8 images or more for 'exact', "

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = [
+    "dense",
     "digest",
     "load_npz",
     "load_torch",
@@ -271,10 +272,13 @@ def plain(value: Any, where: str = "meta") -> Any:
     raise TypeError(f"{where} cannot be JSON: {value!r:.60}: use text keys, text, numbers, lists")
 
 
+def dense(tensor: Tensor) -> Tensor:
+    """A sparse tensor with all of its numbers, any other as it is."""
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()
+
+
 def digest(tensor: Tensor) -> str:
     """SHA-256 over dtype, shape and content of a tensor."""
     sha = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    if tensor.layout != torch.strided:
-        tensor = tensor.to_dense()  # the same numbers, in whatever order they are stored
-    sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    sha.update(dense(tensor).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cka_probe.io import dense
+
 __all__ = ["model_sha256", "versions"]
 
 # Their code is known by their versions, which a report states.
@@ -35,9 +37,9 @@ def model_sha256(model: nn.Module) -> str:
             digest.update(f"{name}={value!r}".encode())
             continue
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        value = value.detach().cpu()
-        value = value if value.layout == torch.strided else value.to_dense()
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(
+            dense(value.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        )
     for line in _code(model):
         digest.update(line.encode())
     return digest.hexdigest()
@@ -76,9 +78,16 @@ def _add_source(one: Any, found: dict[str, str], where: str = "") -> None:
     for function in functions:
         for word in _names(function.__code__):
             value = function.__globals__.get(word)
-            if isinstance(value, bool | int | float | str | tuple):
+            if _is_constant(value) and not word.startswith("__"):  # not __name__ or __file__
                 found[word] = repr(value)
             _add_source(value, found)
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether repr says all about a value, and never an address."""
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    return isinstance(value, bool | int | float | str)
 
 
 def _names(code: CodeType) -> set[str]:

@@ -17,7 +17,6 @@ __all__ = [
     "ROOT",
     "Selection",
     "default_layers",
-    "default_selections",
     "module_paths",
     "select_layers",
     "unwrap",
@@ -244,46 +243,6 @@ def default_layers(model: nn.Module) -> list[str]:
     stages = {names[name] for name in _feature_names(model) if name in names}
     found |= {path for path in stages if type(modules[path]) is not nn.ModuleList}  # never called
     return [p for p in modules if p in found and not _repeats(modules[p], paths, found)] or [""]
-
-
-def default_selections(model: nn.Module, runs: list[list[str]]) -> list[Selection]:
-    """The default layers that fire: `default_layers`, with a stand-in for a block that does not.
-
-    A block fires only if something calls it: not as a holder of layers that `forward` reaches into,
-    not inside a graph that calls the layers of a block one by one, not by `block.forward(x)`. The
-    last call of a module inside such a block stands in for it. That is its output where the block
-    ends in a module; where it ends in a function (`F.relu(x + shortcut)`), it is the last step that
-    is a module, under its own name.
-
-    Args:
-        model: the network.
-        runs: for every size of its images, the paths of modules in the order in which their calls
-            ended, as `module_calls` returns them.
-
-    Returns:
-        Selections in registration order. A block with nothing called inside stays, so that it is
-        named as never reached; where that holds for all, every module that was called.
-    """
-    found: list[Selection] = []
-    for path in default_layers(model):
-        stand_ins = [one for calls in runs if (one := _stand_in(path, calls)) is not None]
-        found += stand_ins or [Selection(path)]
-    called = {path for calls in runs for path in calls}
-    if not any(selection.path in called for selection in found):
-        found = [Selection(path) for path in called if path] or [Selection("")]
-    return list(dict.fromkeys(found))
-
-
-def _stand_in(path: str, calls: list[str]) -> Selection | None:
-    """A module that fires, else the last call inside it, if there is one."""
-    if path in calls:
-        return Selection(path)
-    inside = [k for k, called in enumerate(calls) if called.startswith(f"{path}.")]
-    if not inside:
-        return None
-    last = calls[inside[-1]]
-    several = calls.count(last) > 1
-    return Selection(last, None, calls[: inside[-1]].count(last) if several else None)
 
 
 def _repeats(module: nn.Module, paths: dict[int, str], found: set[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Copies of networks on the meta device, which have shapes and no data."""
+"""Copies of networks, without data (on the meta device) or with it, and what cannot be copied."""
 
 import copy
 from collections import OrderedDict
@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from cka_probe.rng import preserved_rng
-
-__all__ = ["check_loaded", "detached_copy", "meta_copy", "module_calls"]
+__all__ = ["check_loaded", "check_shaped", "detached_copy", "meta_copy"]
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -79,6 +77,21 @@ def _results(module: nn.Module) -> Iterator[Tensor]:
                 stack += value
 
 
+def check_shaped(model: nn.Module) -> None:
+    """Refuse a network with lazy modules that never ran.
+
+    Args:
+        model: the network.
+
+    Raises:
+        ValueError: the first lazy parameter or buffer.
+    """
+    for name, x in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(x):
+            hint = "run the network once on images"
+            raise ValueError(f"parameters have no shape yet: {name!r} is lazy: {hint}")
+
+
 def check_loaded(model: nn.Module) -> None:
     """Refuse a network without values: one that was never run or never loaded.
 
@@ -86,36 +99,10 @@ def check_loaded(model: nn.Module) -> None:
         model: the network.
 
     Raises:
-        ValueError: the first lazy parameter or buffer, or the first on the meta device.
+        ValueError: as `check_shaped`; or the first tensor on the meta device.
     """
+    check_shaped(model)
     for name, x in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(x):
-            hint = "run the network once on images"
-            raise ValueError(f"parameters have no shape yet: {name!r} is lazy: {hint}")
         if x.is_meta:
             hint = "model.to_empty(device='cpu'), then load its weights"
             raise ValueError(f"parameters have no data: {name!r} is on the meta device: {hint}")
-
-
-def module_calls(model: nn.Module, shape: tuple[int, ...]) -> list[str] | None:
-    """Which modules a forward calls, found on a copy without data.
-
-    Args:
-        model: the network, as `unwrap` gives it.
-        shape: (c, h, w) of one input.
-
-    Returns:
-        First paths of modules ("" is the network) in the order in which their calls ended, one for
-        every call; None where the network cannot be called without data.
-    """
-    calls: list[str] = []
-    try:
-        ghost = meta_copy(model).eval()
-        for path, module in ghost.named_modules():
-            module.register_forward_hook(lambda *_, path=path: calls.append(path))
-        own = next((p.dtype for p in ghost.parameters() if p.is_floating_point()), torch.float32)
-        with torch.no_grad(), preserved_rng():
-            ghost(torch.empty(2, *shape, dtype=own, device="meta"))
-    except Exception:  # data-dependent code, operators without a meta kernel, other inputs
-        return None
-    return calls

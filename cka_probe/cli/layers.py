@@ -29,8 +29,9 @@ def execute(args: argparse.Namespace) -> None:
     """Print the table of layers."""
     import torch
 
+    from cka_probe.activations.firing import default_selections
     from cka_probe.activations.hooks import Collector
-    from cka_probe.activations.layers import Selection, default_selections
+    from cka_probe.activations.layers import Selection
     from cka_probe.errors import one_line
 
     loaded = load_network(args, args.model, "none")

@@ -6,7 +6,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from cka_probe.errors import one_line
+from cka_probe.errors import first_names, one_line
 from cka_probe.inputs.decode import readable_formats
 
 __all__ = ["Listing", "is_left_behind", "list_folder"]
@@ -16,9 +16,9 @@ _LEFT_BEHIND = frozenset(
     {"__macosx", "@eadir", "@recycle", "#recycle", "$recycle.bin", "lost+found"}
     | {"system volume information", "thumbnails", "__pycache__"}
 )
-# Raw files of cameras, which `mimetypes` does not know.
-_CAMERA = frozenset({".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".rw2", ".orf", ".jxl"})
 _LEFT_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"})
+# Raw files of cameras, and JPEG XL, which `mimetypes` does not know.
+_CAMERA = frozenset({".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".rw2", ".orf", ".jxl"})
 
 
 def is_left_behind(name: str) -> bool:
@@ -32,7 +32,7 @@ class Listing:
 
     Attributes:
         images: relative POSIX paths of image files, sorted.
-        others: those of files that are no images which Pillow reads.
+        others: those of all other files, pipes and devices.
         left_behind: those of what systems leave behind, such as `__MACOSX`; not of hidden ones.
     """
 
@@ -44,12 +44,11 @@ class Listing:
         """What was not read, in one line; empty where everything was."""
         parts = []
         for names, what in (
-            (self.others, "of no kind that Pillow reads here"),
+            (self.others, "no image files that Pillow reads here"),
             (self.left_behind, "left by a system"),
         ):
             if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                parts.append(f"{', '.join(map(repr, names[:3]))}{more} ({what})")
+                parts.append(f"{first_names([repr(name) for name in names], 3)} ({what})")
         return "; ".join(parts)
 
     def unread_images(self) -> list[str]:

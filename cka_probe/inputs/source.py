@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from cka_probe.errors import first_names
 from cka_probe.inputs import decode
 from cka_probe.inputs.decode import ImageError
 from cka_probe.inputs.folders import list_folder
@@ -131,9 +132,9 @@ class Files(Source):
         found = list_folder(root)
         ids, self.skipped = found.images, found.skipped()
         if unread := found.unread_images():
-            more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+            names = first_names([repr(name) for name in unread], 1)
             warnings.warn(
-                f"images left out: {unread[0]!r}{more} in {str(root)!r}: Pillow does not read that "
+                f"images left out: {names} in {str(root)!r}: Pillow does not read that "
                 "kind here: convert them, or register a plugin such as pillow-heif",
                 stacklevel=2,
             )

@@ -13,6 +13,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from cka_probe.io import dense
+
 __all__ = ["OTHER_MODEL", "Checkpoint", "check_finite", "check_values", "fit", "read_weights"]
 
 OTHER_MODEL = "check --model and --model-arg"
@@ -173,7 +175,7 @@ def check_finite(model: nn.Module, label: str) -> None:
     for name, x in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(x) or not x.is_floating_point():
             continue
-        x = x if x.layout == torch.strided else x.to_dense()
+        x = dense(x)
         bad = ~torch.isfinite(x) & ((x != -torch.inf) | isinstance(x, nn.Parameter))
         if bad.any():
             count = f"{int(bad.sum())} of {x.numel()} values in {name!r} of {label}"

@@ -14,8 +14,10 @@ from cka_probe.activations.hooks import Collector, Tap, failing_module
 from cka_probe.activations.layers import ROOT, Layers, unwrap
 from cka_probe.activations.macs import MacCounter, layer_table
 from cka_probe.engine.centring import NonFiniteFeaturesError
-from cka_probe.errors import RunFailedError, one_line
+from cka_probe.errors import RunFailedError, first_names, one_line
 from cka_probe.inputs.batches import Batch
+
+_SHOWN = 10  # layers that a warning names
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class Forwards:
         """
         try:
             self.estimator.end_batch(index)
+            self._batch = None
         except NonFiniteFeaturesError as error:
             view, tap = error.key
             where = f"layer {self.collectors[view].labels[tap]!r}, view {view!r}, batch {index}"
@@ -194,7 +197,7 @@ class Forwards:
         return None
 
     def _check_reached(self) -> None:
-        """After the first batch: warn of layers that it never reached."""
+        """After the first batch: warn of layers without features, and say why they have none."""
         collectors = {id(c): c for c in self.collectors.values()}.values()
         never = sorted({path for c in collectors for path in c.unreached})
         tapped = {tap.path for c in collectors for tap in c.labels}
@@ -206,21 +209,16 @@ class Forwards:
         }
         reasons = [f"{name} ({why})" for name, why in lost.items()]
         if not any(collector.labels for collector in collectors):
-            found = _shortened([*(f"{path} (never called)" for path in never), *reasons])
+            found = first_names([*(f"{path} (never called)" for path in never), *reasons], _SHOWN)
             raise ValueError(
                 f"no layer has features: {found}: choose others; `cka-probe layers` lists them"
             )
         if never:
-            text = f"layers never reached: {_shortened(never)}"
+            text = f"layers never reached: {first_names(never, _SHOWN)}"
             warnings.warn(text, UserWarning, stacklevel=5)
         if reasons:
-            text = f"layers left out, as they put out no features: {_shortened(reasons)}"
+            text = f"layers left out, as they put out no features: {first_names(reasons, _SHOWN)}"
             warnings.warn(text, UserWarning, stacklevel=5)
-
-
-def _shortened(names: list[str]) -> str:
-    """The first ten of some names, and how many more there are."""
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def move_to(model: nn.Module, target: Any, stack: ExitStack) -> None:

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cka_probe.activations.firing import default_selections, module_calls
 from cka_probe.activations.hooks import Tap
-from cka_probe.activations.layers import Layers, default_selections, unwrap
+from cka_probe.activations.layers import Layers, unwrap
 from cka_probe.activations.macs import merge_tables
-from cka_probe.activations.meta import check_loaded, module_calls
+from cka_probe.activations.meta import check_loaded
 from cka_probe.distributed.ranks import Ranks
 from cka_probe.engine.kernels import get_kernel
 from cka_probe.engine.memory import free_memory, readable
@@ -119,17 +120,14 @@ class Run:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]] | None:
         """View -> (c, h, w) of the first image that can be read."""
-        for i in range(len(self.source)):
-            try:
-                image = self.source.preview(i)
-            except ImageError:
-                continue
-            label, seed = self.source.ids[i], self.options.seed
-            return {
-                view: tuple(apply_view(transform, image, seed, label, view).shape)
-                for view, transform in self.transforms.items()
-            }
-        return None
+        first = self._first_image()
+        if first is None:
+            return None
+        label, image = first
+        return {
+            view: tuple(apply_view(transform, image, self.options.seed, label, view).shape)
+            for view, transform in self.transforms.items()
+        }
 
     @cached_property
     def forecast(self) -> Estimate | None:
@@ -163,22 +161,20 @@ class Run:
     def _check_ranges(self) -> None:
         """Compare each view's mean and std with the range of the images."""
         views = [view for view in self.transforms.values() if isinstance(view, View)]
-        if self.source.is_pixels:
-            image = None
-        elif not any(view.mean for view in views):
-            return
-        else:
-            image = self._first_image()
-            if image is None:
+        image = None
+        if not self.source.is_pixels:
+            first = self._first_image() if any(view.mean for view in views) else None
+            if first is None:
                 return
+            _, image = first
         for view in views:
             check_range(view.mean, view.std, image)
 
-    def _first_image(self) -> Tensor | None:
-        """The first image that can be read; what is read here is kept for the run."""
+    def _first_image(self) -> tuple[str, Tensor] | None:
+        """Name and pixels of the first image that can be read, which is kept for the run."""
         for i in range(len(self.source)):
             with suppress(ImageError):
-                return self.source.preview(i)
+                return self.source.ids[i], self.source.preview(i)
         return None
 
     def _choose(self) -> Choice:

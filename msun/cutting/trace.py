@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torchvision
 from torch import Tensor, fx, nn
-from torch.nn.parameter import is_lazy
 from torchvision.models.feature_extraction import NodePathTracer
 
+from cka_probe.activations.meta import check_shaped
 from cka_probe.errors import one_line
 
 __all__ = ["Trace", "attached", "trace_graph", "unchanged"]
@@ -134,10 +134,7 @@ def trace_graph(model: nn.Module) -> dict[bool, Trace]:
         ValueError: a hook on a container, which a graph would lose; a forward that fx cannot
             trace; or lazy modules that never ran.
     """
-    for name, x in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(x):
-            hint = "run the network once on images"
-            raise ValueError(f"parameters have no shape yet: {name!r} is lazy: {hint}")
+    check_shaped(model)
     opaque: set[str] = set()
     buffers = True
     _refuse_hooks(model, _Tracer(opaque, buffers))

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,14 +19,13 @@ from cka_probe.inputs import decode, glyphs
 from cka_probe.inputs.folders import is_left_behind, list_folder
 from cka_probe.inputs.source import Files, Items, check_numbered, stacked_name, subset
 from cka_probe.models.preprocessing import IMAGENET, for_channels
+from msun.data.labels import class_index, number_of_classes, shown
 
 __all__ = ["Labelled", "open_labelled"]
 
 _SOURCES = "give a folder of class folders, 'glyphs', a Dataset with a length, or two tensors"
 _ITEM = "return (image, label), or a mapping with 'image' and 'label'"
 _SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test"})
-_SHOWN = 40  # characters of a label in a message
-_MOST_CLASSES = 10**6  # numbered classes that are believed: labels are no hashes or dates
 _GLYPHS = {"train": 20000, "test": 10000}
 
 
@@ -109,50 +107,11 @@ class Labelled(ABC):
 
     def _checked(self, label: Any, name: str) -> int:
         """The label as an int; refuses what is no index into `classes`."""
-        number = _class_index(label, name, self.name)
+        number = class_index(label, name, self.name)
         if not 0 <= number < len(self.classes):
-            text = f"{_shown(label)} of item {name!r} in {self.name!r}"
+            text = f"{shown(label)} of item {name!r} in {self.name!r}"
             raise ValueError(f"bad label: {text}: give 0 to {len(self.classes) - 1}")
         return number
-
-
-def _class_index(label: Any, item: str, name: str) -> int:
-    """A label as a whole number.
-
-    Args:
-        label: what a dataset gives as the label of an item.
-        item: the item's name.
-        name: the dataset's.
-
-    Raises:
-        ValueError: a word, several numbers (multi-hot rows, boxes), a mapping, a fraction, nothing.
-    """
-    value = label.tolist() if isinstance(label, Tensor | np.ndarray | np.generic) else label
-    while isinstance(value, list) and len(value) == 1:  # a column, or a tensor of one number
-        value = value[0]
-    if isinstance(value, int):
-        return int(value)  # a bool, too
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    text = f"{_shown(value)} of item {item!r} in {name!r}"
-    if isinstance(value, str):
-        hint = "give the number of its class, and the names as the dataset's `classes`"
-        raise ValueError(f"label is a word: {text}: {hint}")
-    hint = "give one whole number per image, the index of its class"
-    raise ValueError(f"label is no class: {text}: {hint}")
-
-
-def _shown(label: Any) -> str:
-    """A label for a message, shortened."""
-    text = " ".join(repr(label).split())
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
-
-
-def _number_of_classes(largest: int, name: str) -> int:
-    """One more than the largest label, where that many classes can be meant."""
-    if largest >= _MOST_CLASSES:
-        raise ValueError(f"bad label: {largest} in {name!r}: give 0 to {_MOST_CLASSES - 1} at most")
-    return max(largest, 0) + 1
 
 
 class _Folder(Labelled):
@@ -224,7 +183,7 @@ class _Stacked(Labelled):
     ) -> None:
         self.name = name
         self._images, self._labels = images, labels.to(torch.int64)
-        count = _number_of_classes(int(self._labels.max()), name)
+        count = number_of_classes(int(self._labels.max()), name)
         self.classes = tuple(map(str, range(count)) if classes is None else classes)
         for k in ((self._labels < 0) | (self._labels >= len(self.classes))).nonzero()[:1, 0]:
             self._checked(self._labels[k].item(), str(int(k)))
@@ -282,15 +241,16 @@ class _Items(Labelled):
         first = self._source.ids[0]
         label = self._label(self._source.peek(0), first)
         known, names = _known_labels(dataset), _class_names(dataset)
-        if known is not None and getattr(dataset, "target_transform", None) is None:
-            for k, one in enumerate(known):  # before the first step, not in the middle of an epoch
-                _class_index(one, str(k), self.name)
+        if names is None and known is None:  # nothing states them: every item is read once
+            indices = range(len(dataset))
+            known = [self._label(decode.fetch(dataset, k, str(k)), str(k)) for k in indices]
+        numbers = []
+        changed = getattr(dataset, "target_transform", None) is not None  # after they are stated
+        if known is not None and (names is None or not changed):
+            # before the first step, not in the middle of an epoch
+            numbers = [class_index(one, str(k), self.name) for k, one in enumerate(known)]
         if names is None:
-            if known is None:  # nothing states them: every item is read once
-                indices = range(len(dataset))
-                known = [self._label(decode.fetch(dataset, k, str(k)), str(k)) for k in indices]
-            numbers = [_class_index(one, str(k), self.name) for k, one in enumerate(known)]
-            names = tuple(map(str, range(_number_of_classes(max(numbers), self.name))))
+            names = tuple(map(str, range(number_of_classes(max(numbers), self.name))))
         self.classes = names
         self._checked(label, first)
         self._stated = f"{names} {known}"
@@ -401,7 +361,7 @@ def _pair(images: Tensor, labels: Any, n_images: int | None, seed: int) -> Label
     name = stacked_name(images)
     if not isinstance(labels, Tensor):
         every = list(labels) if hasattr(labels, "__len__") else [labels]
-        numbers = [_class_index(one, str(k), name) for k, one in enumerate(every)]
+        numbers = [class_index(one, str(k), name) for k, one in enumerate(every)]
         mask = any(isinstance(one, bool) for one in every)  # of which images, more likely
         labels = torch.tensor(numbers, dtype=torch.bool if mask else torch.int64)
     if labels.ndim == 2 and labels.shape[1] == 1:
@@ -412,6 +372,6 @@ def _pair(images: Tensor, labels: Any, n_images: int | None, seed: int) -> Label
         raise ValueError(f"labels do not fit the images: {found}: give one integer per image")
     rows = torch.tensor(subset(len(images), n_images, seed, name, least=1))
     if len(rows) < len(images):  # the classes are those of the whole
-        classes = tuple(map(str, range(_number_of_classes(int(labels.max()), name))))
+        classes = tuple(map(str, range(number_of_classes(int(labels.max()), name))))
         return _Stacked(images.detach().cpu()[rows], labels.cpu()[rows], classes, name)
     return _Stacked(images.detach().as_subclass(Tensor).cpu(), labels.cpu(), None, name)

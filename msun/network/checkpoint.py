@@ -101,8 +101,12 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content.get("format"), int) or content["format"] > FORMAT:
         raise ValueError(f"checkpoint of a newer format: {path}: update msun")
     network, state = content.get("network"), content.get("state")
-    whole = isinstance(network, dict) and network.keys() >= _KEYS and isinstance(state, dict)
-    whole = whole and isinstance(network["spec"], dict)  # type: ignore[index]
+    whole = (
+        isinstance(network, dict)
+        and network.keys() >= _KEYS
+        and isinstance(network["spec"], dict)
+        and isinstance(state, dict)
+    )
     if not whole or not all(isinstance(x, Tensor) for x in state.values()):  # type: ignore[union-attr]
         raise ValueError(f"checkpoint is incomplete: {path}: save it again")
     return content

@@ -85,9 +85,8 @@ def _resized(old: nn.Module, outputs: int, classes: int, seed: int) -> nn.Module
     """A layer of the same class, settings and parametrisation with another number of outputs."""
     with preserved_rng():
         torch.default_generator.manual_seed(seed)
-        plain = type(old) in (nn.Linear, nn.Conv2d) and not old._forward_pre_hooks
-        weight: torch.Tensor = old.weight  # type: ignore[assignment]
-        if plain:
+        if type(old) in (nn.Linear, nn.Conv2d) and not old._forward_pre_hooks:
+            weight = old.get_parameter("weight")
             return _like(old, classes).to(weight.device, weight.dtype).train(old.training)
         new = detached_copy(old)
         rows = torch.randint(outputs, (classes,))

@@ -33,8 +33,8 @@ __all__ = [
 ]
 
 _M = TypeVar("_M", bound=nn.Module)
-# Forwards of torch itself, whose output size is known; subclasses (timm) may pad on their own.
 _MOST_PADDING = 16  # more than any kernel of use lacks
+# Forwards of torch itself, whose output size is known; subclasses (timm) may pad on their own.
 _STOCK = {nn.Conv2d.forward, nn.MaxPool2d.forward, nn.AvgPool2d.forward}
 
 

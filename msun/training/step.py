@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cka_probe.distributed.ranks import Ranks
+from cka_probe.io import dense
 from cka_probe.rng import seeded
 from msun.network.model import MSUN
 from msun.training.config import TrainConfig
@@ -208,7 +209,7 @@ class TrainingStep:
             DivergedError: weights or statistics are not finite.
         """
         for name, x in self.model.state_dict().items():
-            x = x if x.layout == torch.strided else x.to_dense()
+            x = dense(x)
             # some networks have -inf in an attention mask; nan and inf mean divergence
             if x.is_floating_point() and not bool((x.isfinite() | (x == -math.inf)).all()):
                 raise DivergedError(f"training diverged: step {self.step}, {name} is not finite")

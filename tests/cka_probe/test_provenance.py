@@ -82,6 +82,16 @@ def test_a_run_is_not_resumed_with_another_forward(load, edit, tmp_path):
         probe(load(CODE.replace(*EDITS[edit])), images, None, resume=True, **options)
 
 
+def test_addresses_and_names_of_the_file_do_not_count(load):
+    """A tuple of functions shows addresses, which differ from process to process."""
+    text = CODE.replace("SCALE = 1.0", "SCALE = 1.0\nSTEPS = (1, lambda x: x)").replace(
+        "self.finish(", "STEPS[1](self.finish)("
+    )
+    named = text.replace("# a comment", "if __name__ and __file__ else x  # a comment")
+    for one in (text, named):
+        assert model_sha256(load(one)) == model_sha256(load(one))
+
+
 def test_the_forward_of_one_object_counts():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
     known = {model_sha256(net)}

@@ -83,7 +83,7 @@ def test_files_left_out_are_counted_and_named(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a table beside the images is no reason to warn
         skipped = Files(tmp_path, None, 0).skipped
-    assert skipped == "'b', 'c.txt', 'd.json' and 2 more (of no kind that Pillow reads here)"
+    assert skipped == "'b', 'c.txt', 'd.json' and 2 more (no image files that Pillow reads here)"
     said = []
     net = nn.Sequential(nn.Conv2d(3, 4, 3))
     report = probe(net, tmp_path, None, batch_size=4, progress=False, say=said.append)
@@ -95,7 +95,7 @@ def test_files_left_out_are_counted_and_named(tmp_path):
         Files(tmp_path, None, 0)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "f.heic").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"^no images in folder: .* but 'f.heic' \(of no kind"):
+    with pytest.raises(ValueError, match=r"^no images in folder: .* but 'f.heic' \(no image files"):
         list_folder(tmp_path / "empty")
 
 

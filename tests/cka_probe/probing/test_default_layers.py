@@ -110,6 +110,23 @@ def test_no_layer_at_all_says_why():
         probe(net, images(), None, layers="idle", **QUIET)
 
 
+def test_what_makes_weights_stands_in_for_nothing():
+    """A parametrisation is called inside a block that is not, yet puts out no features."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(3, 4, 3)
+            self.block = nn.Module()
+            self.block.conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3))
+
+        def forward(self, x):
+            return nn.functional.conv2d(self.first(x), self.block.conv.weight)
+
+    with pytest.warns(UserWarning, match=r"^layers never reached: block$"):
+        assert probe(Net(), images(), None, **QUIET).layers == ["first"]
+
+
 def test_a_network_that_needs_data_keeps_its_blocks():
     class Net(nn.Module):
         def __init__(self):
