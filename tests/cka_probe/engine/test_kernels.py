@@ -237,3 +237,25 @@ def test_callable_kernels_get_float64_whatever_n(n, kernel, offset):
 
     gram_of_batch(x, get_kernel(watching))
     assert seen == {torch.float64}
+
+
+@pytest.mark.parametrize("n", [16, 28, 64, 200])
+def test_a_kernel_of_distances_keeps_its_digits_among_near_images(n):
+    """Images a thousandth of the features' norm apart: float32 distances from a Gram are noise."""
+
+    def kernel(a, b):
+        return torch.exp(-torch.cdist(a, b) / 0.05)
+
+    def exactly(x):
+        apart = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+        return oracle.shifted(np.exp(-apart.numpy() / 0.05))
+
+    g = torch.Generator().manual_seed(0)
+    centres, kind = 10 * torch.randn(4, 20, generator=g), torch.arange(n) % 4
+    near = torch.randn(n, 20, generator=g)
+    x = centres[kind] + 0.01 * near
+    y = centres[kind.flip(0)] + 0.01 * (near + torch.randn(n, 20, generator=g))
+    k, left = exactly(x.double()), exactly(y.double())
+    expected = oracle.hsic1(k, left) / np.sqrt(oracle.hsic1(k, k) * oracle.hsic1(left, left))
+    assert cka(x, y, kernel=kernel) == pytest.approx(expected, abs=1e-6)
+    assert float(cka_loss(x, y, kernel=kernel)) == pytest.approx(expected, abs=1e-6)
